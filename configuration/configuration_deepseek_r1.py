@@ -1,0 +1,224 @@
+"""Configuration of the text model.
+
+Fields that engines and tools read are flat and spelled as in Llama, Qwen3 and Mistral. What belongs to the sparse attention is
+nested in `sparse_attention`, a plain dictionary like `rope_parameters`, checked by the strict dataclass `SparseAttention`;
+where it is absent, the mechanism does not exist. Anything may differ from layer to layer through transformers'
+`per_layer_config={layer: {field: value}}`; a layer is built from `config.per_layer_config[layer]` and from nothing else.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
+
+LAYER_TYPES = tuple(LAYER_LETTERS.values())
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+
+@strict
+@dataclass(frozen=True)
+class SparseAttention:
+    """What a sparse layer keeps besides its window.
+
+    Attributes:
+        num_sink_tokens: the first tokens of every document stay visible to all later ones (attention sinks,
+            https://arxiv.org/abs/2309.17453); in tokens.
+    """
+
+    num_sink_tokens: int = 0
+
+    def validate_counts(self):
+        if self.num_sink_tokens < 0:
+            raise ValueError(f"sparse_attention['num_sink_tokens']={self.num_sink_tokens} must be 0 or more tokens")
+
+
+def _complete_sparse_attention(value: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    known = SparseAttention.__dataclass_fields__
+    if not isinstance(value, dict) or set(value) - set(known):
+        raise ValueError(f"{where}sparse_attention={value!r} must be a dictionary with keys among {sorted(known)}")
+    return asdict(SparseAttention(**value))
+
+
+@strict
+class DeepseekR1TextConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DeepseekR1TextModel`] and its heads. Field names and meanings are those of transformers' Llama, Qwen3 and
+    SmolLM3 configurations; the ones below are particular to this library or combine what differs between those families.
+
+    Args:
+        layer_types (`list[str]` or `str`, *optional*):
+            `"full_attention"` or `"sliding_attention"` per layer, or a pattern string such as `"SSSF"` that repeats over the
+            layers. Default: sliding where `sliding_window` is set, otherwise full.
+        sliding_window (`int`, *optional*):
+            Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
+        sparse_attention (`dict`, *optional*):
+            `{"num_sink_tokens": n}`: sliding layers additionally see the first `n` tokens of the document.
+        no_rope_layers (`list[int]`, *optional*):
+            One entry per layer, 1 = rotary position embedding, 0 = none (SmolLM3's convention). Default: all ones.
+        attention_bias (`bool`): biases of the query, key and value projections.
+        attention_out_bias (`bool`, *optional*): bias of the output projection; default: as `attention_bias`.
+        mlp_bias (`bool`): biases of the MLP's projections.
+        qk_norm (`"head"`, *optional*):
+            RMS norm of queries and keys before rotation, over each head (Qwen3).
+        chunk_size_feed_forward (`int`):
+            Without gradients, a sequence longer than this goes through the layers this many tokens at a time, which bounds the
+            memory of a long prompt; 0 = all at once. The result is the same up to rounding.
+        per_layer_config (`dict[int, dict]`, *optional*):
+            Overrides for single layers, e.g. `{3: {"sliding_window": 1024, "attention_bias": True, "head_dim": 128}}`.
+
+    Raises:
+        ValueError: an impossible combination; the message names the field, its value and what would be valid.
+
+    Example:
+
+    ```python
+    >>> from modeling_deepseek_r1 import DeepseekR1TextConfig
+    >>> config = DeepseekR1TextConfig.from_preset("balanced", num_hidden_layers=4)
+    >>> config.layer_types
+    ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention']
+    ```"""
+
+    model_type = "deepseek_r1_text"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "layout"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    layer_types: list[str] | str | None = None
+    sliding_window: int | None = None
+    sparse_attention: dict | None = None
+    no_rope_layers: list[int] | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    qk_norm: Literal["head"] | None = None
+    chunk_size_feed_forward: int = 2048
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None:
+            self.layer_types = "S" if self.sliding_window is not None else "F"
+        if isinstance(self.layer_types, str):
+            self.layer_types = expand_layer_pattern(self.layer_types, self.num_hidden_layers)
+        if self.no_rope_layers is None:
+            self.no_rope_layers = [1] * self.num_hidden_layers
+        self.sparse_attention = _complete_sparse_attention(self.sparse_attention, "")
+        for layer, overrides in (kwargs.get("per_layer_config") or {}).items():
+            if "sparse_attention" in overrides:
+                overrides["sparse_attention"] = _complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **fields) -> "DeepseekR1TextConfig":
+        """A configuration for a new model from a row of `configuration.presets.PRESETS`; `fields` given here win over the row."""
+        return cls(**{**preset_fields(name, new_model=True), **fields})
+
+    def sparse_attention_of(self, layer_idx: int) -> SparseAttention | None:
+        """The sparse attention settings of one layer, or None where the layer has none."""
+        value = self.per_layer_config[layer_idx].sparse_attention
+        return SparseAttention(**value) if value is not None else None
+
+    def __eq__(self, other) -> bool:
+        # The generated comparison reads every field of the whole model, which per-layer fields forbid.
+        return getattr(other, "model_type", None) == self.model_type and self.to_dict() == other.to_dict()
+
+    def validate_layer_type(self):
+        """Part of `@strict` validation: the lists that have one entry per layer."""
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at least 1")
+        for name, allowed in (("layer_types", LAYER_TYPES), ("no_rope_layers", (0, 1))):
+            values = getattr(self, name)
+            if len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(values)} entries; it needs one per layer (num_hidden_layers={self.num_hidden_layers})"
+                )
+            wrong = [value for value in values if value not in allowed]
+            if wrong:
+                raise ValueError(f"{name} contains {wrong[0]!r}; each entry must be one of {list(allowed)}")
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: sizes that must fit together, in every layer."""
+        self.validate_layer_type()
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.chunk_size_feed_forward < 0:
+            raise ValueError(f"chunk_size_feed_forward={self.chunk_size_feed_forward} must be 0 (no chunks) or a number of tokens")
+        if self.rope_parameters and self.nested_rope_parameter_keys(self.rope_parameters):
+            raise ValueError(
+                f"rope_parameters has one entry per layer type ({list(self.rope_parameters)}); give the common one here and the"
+                " others by layer in per_layer_config"
+            )
+        for layer_idx in range(self.num_hidden_layers):
+            self._validate_layer(layer_idx, self.per_layer_config[layer_idx])
+
+    def validate_rope(self):
+        """Part of `@strict` validation: transformers only warns about a rotary type that it does not know."""
+        for layer_idx in range(self.num_hidden_layers):
+            rope_type = (self.per_layer_config[layer_idx].rope_parameters or {}).get("rope_type", "default")
+            if rope_type not in ROPE_TYPES:
+                raise ValueError(f"layer {layer_idx}: rope_parameters['rope_type']={rope_type!r} must be one of {list(ROPE_TYPES)}")
+        super().validate_rope()
+
+    def _validate_layer(self, layer_idx: int, layer: "DeepseekR1TextConfig") -> None:
+        heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"layer {layer_idx}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}, so that every"
+                " key/value head serves equally many query heads"
+            )
+        if layer.head_dim < 1 or (self.no_rope_layers[layer_idx] and layer.head_dim % 2):
+            raise ValueError(f"layer {layer_idx}: head_dim={layer.head_dim} must be positive, and even where rotary embedding is on")
+        if layer.intermediate_size < 1:
+            raise ValueError(f"layer {layer_idx}: intermediate_size={layer.intermediate_size} must be at least 1")
+        if not 0.0 <= layer.attention_dropout < 1.0:
+            raise ValueError(f"layer {layer_idx}: attention_dropout={layer.attention_dropout} must lie in [0, 1)")
+        if self.layer_types[layer_idx] == "sliding_attention" and (layer.sliding_window is None or layer.sliding_window < 1):
+            raise ValueError(
+                f"layer {layer_idx} is sliding_attention but sliding_window={layer.sliding_window}; give the number of tokens it"
+                " sees, at least 1"
+            )
+
+
+__all__ = ["DeepseekR1TextConfig", "SparseAttention"]

@@ -1,0 +1,27 @@
+"""Hybrid-attention language models for transformers, made from the checkpoints that people already have.
+
+Importing this package registers its models with transformers' Auto classes.
+"""
+
+from .configuration import DeepseekR1TextConfig
+from .modeling_deepseek_r1 import (
+    DeepseekR1ForCausalLM,
+    DeepseekR1ForQuestionAnswering,
+    DeepseekR1ForSequenceClassification,
+    DeepseekR1ForTokenClassification,
+    DeepseekR1TextModel,
+)
+from .registration import register
+
+__version__ = "0.1.0"
+
+register()
+
+__all__ = [
+    "DeepseekR1ForCausalLM",
+    "DeepseekR1ForQuestionAnswering",
+    "DeepseekR1ForSequenceClassification",
+    "DeepseekR1ForTokenClassification",
+    "DeepseekR1TextConfig",
+    "DeepseekR1TextModel",
+]

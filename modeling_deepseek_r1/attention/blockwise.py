@@ -1,0 +1,162 @@
+"""Full and local attention by blocks of queries: never a tensor of n x n scores.
+
+A plan says, for each block of queries, which ranges of keys it meets and under which mask; the autograd function below runs
+any plan, forward and backward, with one small product per part, and keeps nothing but its inputs, the output and the
+log-sum-exp. Parts over disjoint keys are merged exactly: with outputs o_p and log-sum-exps l_p,
+
+    l = logsumexp_p l_p        o = sum_p exp(l_p - l) o_p
+
+and the gradient of a part is the one of its own kernel, called with the merged o and l (FlashAttention's backward,
+https://arxiv.org/abs/2307.08691, needs no more than these).
+
+Cost of the local plan: n (W + S + block) query-key pairs, linear in n.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .kernels import attend, attend_backward
+from .pattern import AttentionPattern
+
+LOCAL_BLOCK = 128
+"""Queries per block of the local plan. Smaller blocks compute fewer masked pairs, larger ones multiply faster."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys that a block of queries meets in one product: `ranges` of the key sequence, joined; `mask` `[Q, K]` additive."""
+
+    ranges: tuple[tuple[int, int], ...]
+    mask: torch.Tensor | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries `start:stop` and the parts that make up their visible keys."""
+
+    start: int
+    stop: int
+    parts: tuple[Part, ...]
+
+
+def full_plan(num_queries: int, num_keys: int) -> list[Block]:
+    """Every query sees all keys up to its own position; the queries are the last `num_queries` positions."""
+    past = num_keys - num_queries
+    own = Part(((past, num_keys),), causal=True)
+    return [Block(0, num_queries, (Part(((0, past),)), own) if past else (own,))]
+
+
+def local_plan(
+    pattern: AttentionPattern, num_queries: int, num_keys: int, seq_len: int, dtype: torch.dtype, device: torch.device
+) -> list[Block]:
+    """Sliding window and sink tokens.
+
+    Args:
+        num_queries: the queries are the positions `seq_len - num_queries ... seq_len - 1`.
+        num_keys: the keys are the first tokens of the document followed by the last ones, `num_keys` in all; what lies
+            between has been dropped by the cache and must be visible to none of the queries.
+        seq_len: tokens of the document so far.
+    """
+    window, sinks = pattern.window, min(pattern.num_sink_tokens, num_keys)
+    dropped = seq_len - num_keys
+    first = seq_len - num_queries
+    interior = None
+    blocks = []
+    for start in range(0, num_queries, LOCAL_BLOCK):
+        stop = min(num_queries, start + LOCAL_BLOCK)
+        # First position in the window of the block's first query; sink tokens that the window reaches are met only once.
+        low = max(first + start - window + 1, sinks)
+        ranges = ((0, first + stop - dropped),) if low <= sinks + dropped else ((0, sinks), (low - dropped, first + stop - dropped))
+        ranges = tuple(r for r in ranges if r[0] < r[1])
+        is_interior = len(ranges) == (2 if sinks else 1) and low == first + start - window + 1 > sinks and stop - start == LOCAL_BLOCK
+        mask = interior if is_interior else None
+        if mask is None:
+            mask = _local_mask(window, sinks, first + start, first + stop, ranges, dropped, dtype, device)
+            interior = mask if is_interior else interior
+        blocks.append(Block(start, stop, (Part(ranges, mask),)))
+    return blocks
+
+
+def _local_mask(window, sinks, start, stop, ranges, dropped, dtype, device) -> torch.Tensor:
+    slots = torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+    keys = torch.where(slots < sinks, slots, slots + dropped)
+    queries = torch.arange(start, stop, device=device)[:, None]
+    visible = (keys <= queries) & ((keys > queries - window) | (keys < sinks))
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+
+
+def blockwise_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Block], scale: float
+) -> torch.Tensor:
+    """Runs a plan.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key, value: `[B, G, K, D]`, G dividing H.
+
+    Returns:
+        `[B, H, Q, D]`.
+    """
+    return _BlockwiseAttention.apply(query, key, value, plan, scale)
+
+
+def _gather(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    pieces = [states[:, :, a:b] for a, b in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, scale):
+        output = torch.empty_like(query)
+        needs_backward = any(ctx.needs_input_grad[:3])
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32) if needs_backward else None
+        for block in plan:
+            rows = query[:, :, block.start : block.stop]
+            results = [
+                attend(rows, _gather(key, part.ranges), _gather(value, part.ranges), scale, part.mask, part.causal)
+                for part in block.parts
+            ]
+            merged, total = results[0] if len(results) == 1 else merge_parts(results)
+            output[:, :, block.start : block.stop] = merged
+            if needs_backward:
+                logsumexp[:, :, block.start : block.stop] = total
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.plan, ctx.scale = plan, scale
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        # Many blocks add to the gradient of one key (all of them to a sink token's), too many for a sum in bfloat16.
+        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
+        for block in ctx.plan:
+            rows = slice(block.start, block.stop)
+            for part in block.parts:
+                shares = attend_backward(
+                    grad[:, :, rows], query[:, :, rows], _gather(key, part.ranges), _gather(value, part.ranges),
+                    output[:, :, rows], logsumexp[:, :, rows], ctx.scale, part.mask, part.causal,
+                )  # fmt: skip
+                grad_query[:, :, rows] += shares[0]
+                offset = 0
+                for a, b in part.ranges:
+                    grad_key[:, :, a:b] += shares[1][:, :, offset : offset + b - a]
+                    grad_value[:, :, a:b] += shares[2][:, :, offset : offset + b - a]
+                    offset += b - a
+        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def merge_parts(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of one softmax over several disjoint key sets, from those of each set.
+
+    Args:
+        results: outputs `[B, H, Q, D]` with log-sum-exps `[B, H, Q]`.
+    """
+    sums = torch.stack([logsumexp for _, logsumexp in results])
+    total = sums.logsumexp(0)
+    shares = (sums - total).exp()
+    merged = sum(share.unsqueeze(-1) * output.float() for share, (output, _) in zip(shares, results, strict=True))
+    return merged.to(results[0][0].dtype), total

@@ -1,0 +1,112 @@
+"""The attention layer: projections, rotation, cache, and the choice of implementation.
+
+- `eager`: the dense reference, which also returns the attention weights.
+- `sdpa`: blockwise; no tensor grows with n x n.
+- any other registered name, or a paged cache, means that a serving engine computes attention and owns the keys (continuous
+  batching, vLLM): it is called through transformers' interface, for patterns that such engines know.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .norm import DeepseekR1RMSNorm
+from .pattern import AttentionLayout, AttentionPattern
+from .ragged import document_attention, ragged_attention
+from .reference import attention_reference, visible_to_layout
+from .rotary import rotate
+
+OWN_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def layer_pattern(config, layer_idx: int) -> AttentionPattern:
+    """The pattern of one layer from the model's configuration."""
+    if config.layer_types[layer_idx] == "full_attention":
+        return AttentionPattern()
+    layer = config.per_layer_config[layer_idx]
+    return AttentionPattern(layer.sliding_window, (layer.sparse_attention or {}).get("num_sink_tokens", 0))
+
+
+class DeepseekR1Attention(nn.Module):
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the keys of the layer's pattern.
+
+    Args:
+        config: the model's configuration; all sizes are those of `config.per_layer_config[layer_idx]`.
+        layer_idx: number of the layer.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        layer = config.per_layer_config[layer_idx]
+        self.config, self.layer_idx = config, layer_idx
+        self.pattern = layer_pattern(config, layer_idx)
+        self.layer_type = config.layer_types[layer_idx]
+        self.head_dim = layer.head_dim
+        self.num_key_value_groups = layer.num_attention_heads // layer.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = layer.attention_dropout
+        self.uses_rotary = bool(config.no_rope_layers[layer_idx])
+        self.is_causal = True
+        hidden, bias = layer.hidden_size, layer.attention_bias
+        self.q_proj = nn.Linear(hidden, layer.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, layer.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, layer.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(layer.num_attention_heads * self.head_dim, hidden, bias=layer.attention_out_bias)
+        self.q_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
+        self.k_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        layout: AttentionLayout | None,
+        past_key_values=None,
+        attention_mask=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns `[B, n, hidden]` and, from the reference only, the weights `[B, heads, n, keys]`.
+
+        `layout` is None where an engine computes the attention; `attention_mask` is then whatever that engine passes.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.uses_rotary:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if layout is None:
+            output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
+        else:
+            output, weights = self._own_attention(query, key, value, layout, past_key_values)
+            output = output.transpose(1, 2)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _own_attention(self, query, key, value, layout, past_key_values):
+        positions, documents = layout.positions, layout.documents
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, layout=layout)
+            held = past_key_values.layers[self.layer_idx]
+            positions, documents = held.key_positions, held.key_documents
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "eager" or dropout:
+            # The fused kernels have no dropout; the reference does, at the price of its n x n weights.
+            visible = visible_to_layout(layout, self.pattern, key.shape[2], positions, documents, query.device)
+            return attention_reference(query, key, value, visible, self.scaling, dropout)
+        if layout.is_regular:
+            seq_len = layout.past + layout.num_queries
+            return document_attention(query, key, value, self.pattern, self.scaling, seq_len), None
+        return ragged_attention(query, key, value, self.pattern, self.scaling, layout, positions, documents), None
+
+    def _engine_attention(self, query, key, value, attention_mask, **kwargs):
+        if self.pattern.num_sink_tokens:
+            raise ValueError(
+                f"layer {self.layer_idx} has {self.pattern.num_sink_tokens} sink tokens, which attention implementation"
+                f" {self.config._attn_implementation!r} does not know; it serves full_attention and plain sliding_attention layers"
+            )
+        implementation = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        mask = attention_mask[self.layer_type] if isinstance(attention_mask, dict) else attention_mask
+        return implementation(
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, sliding_window=self.pattern.window, **kwargs
+        )

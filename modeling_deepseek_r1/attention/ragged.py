@@ -1,0 +1,111 @@
+"""Padded, packed and otherwise irregular batches, one document at a time.
+
+Rows of the same structure are taken together; each row is cut into its documents, and each document, free of padding, goes
+through the blockwise implementation. Nothing is computed for padding or between documents. For a few new tokens (decoding) a
+mask over the cached keys is cheaper than cutting, since it is small.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .blockwise import blockwise_attention, full_plan, local_plan
+from .pattern import AttentionLayout, AttentionPattern, RowGroup, visible_keys
+
+MASKED_QUERIES = 16
+"""Up to this many new tokens a mask `[B, Q, K]` is built instead of cutting the batch into documents."""
+
+
+def document_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: AttentionPattern, scale: float, seq_len: int
+) -> torch.Tensor:
+    """Attention of the last tokens of one document, equal in all rows of the batch.
+
+    Args:
+        query: `[B, H, Q, D]`, the positions `seq_len - Q ... seq_len - 1`.
+        key, value: `[B, G, K, D]`, the first tokens of the document followed by its last ones.
+        seq_len: tokens of the document so far.
+
+    Returns:
+        `[B, H, Q, D]`.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if num_queries == 1 and (pattern.capacity is None or num_keys <= pattern.capacity + 1):
+        # Whatever the cache has kept is visible to the next token.
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+    if pattern.window is None or pattern.window >= seq_len:
+        if num_queries == num_keys:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        plan = full_plan(num_queries, num_keys)
+    else:
+        plan = local_plan(pattern, num_queries, num_keys, seq_len, query.dtype, query.device)
+    return blockwise_attention(query, key, value, plan, scale)
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    scale: float,
+    layout: AttentionLayout,
+    key_positions: torch.Tensor,
+    key_documents: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over an irregular layout.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key, value: `[B, G, K, D]`: the cached keys followed by the Q new ones.
+        key_positions: `[B, K]`, -1 = not a key.
+        key_documents: `[B, K]` or None.
+
+    Returns:
+        `[B, H, Q, D]`; rows of padding are finite and mean nothing.
+    """
+    if query.shape[2] <= MASKED_QUERIES and key.shape[2] > query.shape[2]:
+        mask = layout.masks.get(pattern)
+        if mask is None:
+            mask = visible_keys(pattern, layout.positions, key_positions, layout.documents, key_documents)[:, None]
+            layout.masks[pattern] = mask
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    groups = layout.row_groups
+    if len(groups) == 1:
+        return _group_attention(query, key, value, pattern, scale, groups[0], key_positions)
+    outputs = []
+    for group in groups:
+        rows = torch.tensor(group.rows, device=query.device)
+        selected = (x.index_select(0, rows) for x in (query, key, value))
+        outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows]))
+    order = torch.tensor([row for group in groups for row in group.rows], device=query.device)
+    return torch.cat(outputs).index_select(0, order.argsort())
+
+
+def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_positions):
+    num_queries = query.shape[2]
+    num_cached = key.shape[2] - num_queries
+    lengths = [length for _, length in group.runs]
+    # `split` has one backward for all pieces; slicing would make a full-size gradient for each.
+    queries = query.split(lengths, 2)
+    keys, values = (x[:, :, num_cached:].split(lengths, 2) for x in (key, value))
+    pieces: dict[int, list[int]] = {}
+    for number, (document, _) in enumerate(group.runs):
+        if document is not None:
+            pieces.setdefault(document, []).append(number)
+    outputs = [torch.zeros_like(piece) for piece in queries]
+    for document, numbers in pieces.items():
+        own = [torch.cat([x[n] for n in numbers], 2) if len(numbers) > 1 else x[numbers[0]] for x in (queries, keys, values)]
+        seq_len = own[0].shape[2]
+        if document == group.current_document and num_cached and group.past_length:
+            seq_len += group.past_length
+            own[1:] = [torch.cat((_cached(x, key_positions, num_cached), y), 2) for x, y in zip((key, value), own[1:], strict=True)]
+        result = document_attention(*own, pattern, scale, seq_len)
+        for number, piece in zip(numbers, result.split([lengths[n] for n in numbers], 2), strict=True):
+            outputs[number] = piece
+    return torch.cat(outputs, 2)
+
+
+def _cached(states: torch.Tensor, key_positions: torch.Tensor, num_cached: int) -> torch.Tensor:
+    """The cached keys of the document in progress, in order; rows of a group hold equally many."""
+    held = key_positions[:, :num_cached] >= 0
+    index = held.nonzero()[:, 1].view(states.shape[0], 1, -1, 1).expand(-1, states.shape[1], -1, states.shape[3])
+    return states[:, :, :num_cached].gather(2, index)

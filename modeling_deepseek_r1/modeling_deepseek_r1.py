@@ -1,0 +1,339 @@
+"""The text model and its heads.
+
+A decoder as in Llama, in which every layer is built from its own configuration `config.per_layer_config[i]` and attends by its
+own pattern (`attention/pattern.py`). What the layers need to know about padding, packing and the cache is worked out once per
+forward, as an `AttentionLayout`.
+"""
+
+import json
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention.cache import PatternLayer, adopt_cache
+from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, layer_pattern
+from .attention.norm import DeepseekR1RMSNorm
+from .attention.pattern import AttentionLayout
+from .attention.rotary import DeepseekR1RotaryEmbedding
+from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+
+
+class DeepseekR1MLP(nn.Module):
+    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or not 0 < self.chunk_size < x.shape[-2]:
+            return self._product(x)
+        output = torch.empty_like(x)
+        for start in range(0, x.shape[-2], self.chunk_size):
+            output[..., start : start + self.chunk_size, :] = self._product(x[..., start : start + self.chunk_size, :])
+        return output
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DeepseekR1DecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: DeepseekR1TextConfig, layer_idx: int):
+        super().__init__()
+        layer = config.per_layer_config[layer_idx]
+        self.self_attn = DeepseekR1Attention(config, layer_idx)
+        self.mlp = DeepseekR1MLP(layer)
+        self.input_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: AttentionLayout | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, layout, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DeepseekR1PreTrainedModel(PreTrainedModel):
+    """What all models of this architecture tell transformers about themselves."""
+
+    config: DeepseekR1TextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekR1DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # Layouts are worked out on the host, so a whole forward is not one graph.
+    _can_compile_fullgraph = False
+    _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
+
+
+class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
+    """The decoder without a head. Also used by engines, which own cache and attention (`attention/layer.py`)."""
+
+    def __init__(self, config: DeepseekR1TextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([DeepseekR1DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = DeepseekR1RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # One rotary module for each distinct head size and set of frequencies; mostly there is just one.
+        layers = config.per_layer_config
+        keys = [json.dumps([layer.head_dim, layer.rope_parameters], sort_keys=True) for layer in layers]
+        distinct = list(dict.fromkeys(keys))
+        self.rotary_embs = nn.ModuleList([DeepseekR1RotaryEmbedding(layers[keys.index(key)]) for key in distinct])
+        self.rotary_of_layer = [distinct.index(key) for key in keys]
+        self.patterns = [layer_pattern(config, i) for i in range(config.num_hidden_layers)]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids: `[batch, n]` token ids; or `inputs_embeds` `[batch, n, hidden]`.
+            attention_mask: `[batch, cached + n]`, 0 = padding, on either side or between.
+            position_ids: `[batch, n]`; default: the number of each token within its document. Without `attention_mask`,
+                restarting positions mark packed documents.
+            past_key_values: an empty `DynamicCache`, or one that this model has filled.
+            seq_idx: `[batch, n]` number of each token's document in packed rows.
+
+        Raises:
+            ValueError: no tokens, both or neither of ids and embeddings, an id outside of the vocabulary, a mask that does
+                not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        self._check_tokens(input_ids if input_ids is not None else inputs_embeds, input_ids is not None)
+        engine = self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None
+        if engine:
+            return self._forward_for_engine(input_ids, inputs_embeds, position_ids, attention_mask, **kwargs)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.patterns)
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
+        hidden_states = self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+    def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
+        if inputs.shape[0] == 0 or inputs.shape[1] == 0:
+            raise ValueError(f"the input has shape {list(inputs.shape)}: there is no token to run the model on")
+        # On an accelerator this would wait for the device at every step.
+        if are_ids and inputs.device.type == "cpu" and (int(inputs.min()) < 0 or int(inputs.max()) >= self.config.vocab_size):
+            wrong = inputs[(inputs < 0) | (inputs >= self.config.vocab_size)][0]
+            raise ValueError(f"token id {int(wrong)} is outside of the vocabulary (0 ... {self.config.vocab_size - 1})")
+
+    def _layout(self, inputs, attention_mask, position_ids, seq_idx, past_key_values):
+        past, past_positions = 0, None
+        if past_key_values is not None and isinstance(past_key_values.layers[0], PatternLayer):
+            past, past_positions = past_key_values.layers[0].seen, past_key_values.layers[0].next_positions
+        layout = AttentionLayout.build(
+            *inputs.shape[:2],
+            past=past,
+            past_positions=past_positions,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cached=past_key_values is not None,
+        )
+        if position_ids is None:
+            if layout.is_regular:
+                position_ids = torch.arange(past, past + inputs.shape[1], device=inputs.device).unsqueeze(0)
+            else:
+                position_ids = layout.positions.clamp(min=0)
+        return layout, position_ids
+
+    def _run(self, inputs, layout, position_ids, past_key_values, **kwargs) -> torch.Tensor:
+        """All layers; without gradients and with a cache, a long input goes through them in chunks."""
+        like = torch.empty(0, dtype=self.norm.weight.dtype, device=inputs.device)
+        embeddings = [rotary(like, position_ids) for rotary in self.rotary_embs]
+        chunk, length = self.config.chunk_size_feed_forward, inputs.shape[1]
+        records = any(kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs)
+        whole = past_key_values is None or torch.is_grad_enabled() or records or not 0 < chunk < length
+        if whole or self.config._attn_implementation == "eager":
+            return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)
+        for layer in past_key_values.layers:
+            layer.reserve = max(layer.reserve, 0 if layer.is_sliding else layer.seen + length)
+        output = None
+        for start in range(0, length, chunk):
+            stop = min(length, start + chunk)
+            part = [(cos[:, start:stop], sin[:, start:stop]) for cos, sin in embeddings]
+            result = self._run_layers(
+                self._embed(inputs[:, start:stop]), layout.slice(start, stop), part, past_key_values, **kwargs
+            )
+            output = result.new_empty(inputs.shape[0], length, result.shape[-1]) if output is None else output
+            output[:, start:stop] = result
+        return output
+
+    def _embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
+
+    def _run_layers(self, hidden_states, layout, embeddings, past_key_values, **kwargs) -> torch.Tensor:
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states, layout, embeddings[self.rotary_of_layer[layer_idx]], past_key_values=past_key_values, **kwargs
+            )
+        return self.norm(hidden_states)
+
+    def _forward_for_engine(self, input_ids, inputs_embeds, position_ids, attention_mask, **kwargs) -> BaseModelOutputWithPast:
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            raise ValueError(
+                f"attention implementation {self.config._attn_implementation!r} computes attention outside of the model and must"
+                f" pass position_ids; for plain use choose one of {OWN_IMPLEMENTATIONS}"
+            )
+        embeddings = [rotary(hidden_states, position_ids) for rotary in self.rotary_embs]
+        hidden_states = self._run_layers(hidden_states, None, embeddings, None, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states)
+
+
+class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
+    """The decoder with a language-modeling head; works with `generate()` and any Trainer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DeepseekR1TextConfig):
+        super().__init__(config)
+        self.model = DeepseekR1TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[batch, kept, vocab]` and, with `labels` `[batch, n]` (-100 = ignored), the next-token loss.
+
+        Args:
+            logits_to_keep: only the last so many positions (0 = all), or the positions in a 1-D tensor.
+            kwargs: `seq_idx` and the other arguments of `DeepseekR1TextModel.forward`; `num_items_in_batch` for the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Masks are made by the layers that need them, so `generate()` passes the padding mask on as it is."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            adopt_cache(model_kwargs["past_key_values"], self.model.patterns)
+        return result
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Paged continuous batching (`generate_batch`), for full and plain sliding layers.
+
+        Raises:
+            ValueError: a layer with sink tokens, or windows that differ between layers.
+        """
+        sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
+        windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
+        if sinks or len(windows) > 1:
+            what = f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
+            raise ValueError(
+                f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
+                " Use generate(), or convert the checkpoint without them"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+
+class DeepseekR1ForSequenceClassification(GenericForSequenceClassification, DeepseekR1PreTrainedModel):
+    """The decoder with a classification head on the last real token of each row."""
+
+
+class DeepseekR1ForTokenClassification(GenericForTokenClassification, DeepseekR1PreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+
+class DeepseekR1ForQuestionAnswering(GenericForQuestionAnswering, DeepseekR1PreTrainedModel):
+    """The decoder with a span head (start and end logits)."""
+
+
+__all__ = [
+    "DeepseekR1ForCausalLM",
+    "DeepseekR1ForQuestionAnswering",
+    "DeepseekR1ForSequenceClassification",
+    "DeepseekR1ForTokenClassification",
+    "DeepseekR1PreTrainedModel",
+    "DeepseekR1TextModel",
+]

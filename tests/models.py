@@ -1,0 +1,64 @@
+"""Tiny random models of this architecture, with every norm and bias away from its initial value."""
+
+import torch
+
+from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1TextConfig
+
+PATTERNS = {
+    "full": {"layer_types": "F"},
+    "sliding": {"layer_types": "S", "sliding_window": 7},
+    "sinks": {"layer_types": "S", "sliding_window": 7, "sparse_attention": {"num_sink_tokens": 3}},
+    "mixed": {"layer_types": "SF", "sliding_window": 7, "sparse_attention": {"num_sink_tokens": 3}},
+    "per_layer": {
+        "layer_types": "SFS",
+        "sliding_window": 5,
+        "sparse_attention": {"num_sink_tokens": 2},
+        "qk_norm": "head",
+        "no_rope_layers": [1, 0, 1],
+        "per_layer_config": {
+            0: {"sliding_window": 9, "attention_bias": True},
+            1: {"head_dim": 16, "num_key_value_heads": 1},
+            2: {"sparse_attention": None},
+        },
+    },
+}
+"""Name -> configuration fields, over three layers."""
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Moves every parameter away from its initial value, so that a forgotten norm or bias shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def tiny_config(pattern: str = "mixed", **fields) -> DeepseekR1TextConfig:
+    values = dict(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        chunk_size_feed_forward=0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return DeepseekR1TextConfig(**{**values, **PATTERNS[pattern], **fields})
+
+
+def tiny_model(pattern: str = "mixed", implementation: str = "sdpa", **fields) -> DeepseekR1ForCausalLM:
+    torch.manual_seed(0)
+    model = DeepseekR1ForCausalLM._from_config(tiny_config(pattern, **fields), attn_implementation=implementation)
+    return randomise(model).eval()
+
+
+def random_ids(batch_size: int, length: int, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:
+    """`[batch, length]` token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (batch_size, length), generator=generator)
