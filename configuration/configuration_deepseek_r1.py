@@ -6,6 +6,7 @@ where it is absent, the mechanism does not exist. Anything may differ from layer
 `per_layer_config={layer: {field: value}}`; a layer is built from `config.per_layer_config[layer]` and from nothing else.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
 
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
+SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class SparseAttention:
     """What a sparse layer keeps besides its window.
 
@@ -144,10 +146,17 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
         self.sparse_attention = _complete_sparse_attention(self.sparse_attention, "")
-        for layer, overrides in (kwargs.get("per_layer_config") or {}).items():
+        by_layer = copy.deepcopy(kwargs.pop("per_layer_config", None)) or {}
+        for layer, overrides in by_layer.items():
+            shared = sorted(set(overrides) & set(SHARED_FIELDS))
+            if shared:
+                raise ValueError(f"per_layer_config: layer {layer} sets {shared[0]}, which all layers have in common")
             if "sparse_attention" in overrides:
                 overrides["sparse_attention"] = _complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs, per_layer_config=by_layer or None)
+        for layer in self.per_layer_config if by_layer else ():
+            # Fills in what a rotary type needs, as transformers does for the common `rope_parameters`.
+            layer.standardize_rope_params()
 
     @classmethod
     def from_preset(cls, name: str, **fields) -> "DeepseekR1TextConfig":
@@ -161,7 +170,10 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     def __eq__(self, other) -> bool:
         # The generated comparison reads every field of the whole model, which per-layer fields forbid.
-        return getattr(other, "model_type", None) == self.model_type and self.to_dict() == other.to_dict()
+        if getattr(other, "model_type", None) != self.model_type:
+            return False
+        mine, theirs = self.to_dict(), other.to_dict()
+        return all(mine.get(key) == theirs.get(key) for key in {*mine, *theirs} - {"_name_or_path"})
 
     def validate_layer_type(self):
         """Part of `@strict` validation: the lists that have one entry per layer."""
@@ -185,21 +197,26 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.chunk_size_feed_forward < 0:
             raise ValueError(f"chunk_size_feed_forward={self.chunk_size_feed_forward} must be 0 (no chunks) or a number of tokens")
-        if self.rope_parameters and self.nested_rope_parameter_keys(self.rope_parameters):
-            raise ValueError(
-                f"rope_parameters has one entry per layer type ({list(self.rope_parameters)}); give the common one here and the"
-                " others by layer in per_layer_config"
-            )
         for layer_idx in range(self.num_hidden_layers):
             self._validate_layer(layer_idx, self.per_layer_config[layer_idx])
 
     def validate_rope(self):
         """Part of `@strict` validation: transformers only warns about a rotary type that it does not know."""
-        for layer_idx in range(self.num_hidden_layers):
-            rope_type = (self.per_layer_config[layer_idx].rope_parameters or {}).get("rope_type", "default")
+        checked = []
+        for layer_idx, layer in enumerate(self.per_layer_config):
+            parameters = layer.rope_parameters or {}
+            if parameters in checked:
+                continue
+            checked.append(parameters)
+            if self.nested_rope_parameter_keys(parameters):
+                raise ValueError(
+                    f"rope_parameters has one entry per layer type ({list(parameters)}); give the common one as rope_parameters and"
+                    " the others by layer in per_layer_config"
+                )
+            rope_type = parameters.get("rope_type", "default")
             if rope_type not in ROPE_TYPES:
                 raise ValueError(f"layer {layer_idx}: rope_parameters['rope_type']={rope_type!r} must be one of {list(ROPE_TYPES)}")
-        super().validate_rope()
+            super(DeepseekR1TextConfig, layer).validate_rope()
 
     def _validate_layer(self, layer_idx: int, layer: "DeepseekR1TextConfig") -> None:
         heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads

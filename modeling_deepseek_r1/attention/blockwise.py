@@ -112,7 +112,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, plan, scale):
         output = torch.empty_like(query)
         needs_backward = any(ctx.needs_input_grad[:3])
-        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32) if needs_backward else None
+        logsumexp = query.new_empty(query.shape[:3], dtype=_sum_dtype(query)) if needs_backward else None
         for block in plan:
             rows = query[:, :, block.start : block.stop]
             results = [
@@ -132,7 +132,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, output, logsumexp = ctx.saved_tensors
         # Many blocks add to the gradient of one key (all of them to a sink token's), too many for a sum in bfloat16.
-        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
+        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=_sum_dtype(x)) for x in (query, key, value))
         for block in ctx.plan:
             rows = slice(block.start, block.stop)
             for part in block.parts:
@@ -158,5 +158,9 @@ def merge_parts(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     sums = torch.stack([logsumexp for _, logsumexp in results])
     total = sums.logsumexp(0)
     shares = (sums - total).exp()
-    merged = sum(share.unsqueeze(-1) * output.float() for share, (output, _) in zip(shares, results, strict=True))
+    merged = sum(share.unsqueeze(-1) * output for share, (output, _) in zip(shares, results, strict=True))
     return merged.to(results[0][0].dtype), total
+
+
+def _sum_dtype(states: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
