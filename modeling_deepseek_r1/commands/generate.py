@@ -1,0 +1,83 @@
+"""`deepseek-r1 generate`: continues or answers one prompt."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that `generate` and `chat` have in common."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder or hub id")
+    parser.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 = always the likeliest token; default: as the checkpoint recommends"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P (0 ... 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt; default: standard input")
+    source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the generated text as it comes.
+
+    Raises:
+        ValueError, OSError: no such checkpoint or file, an empty prompt, impossible options.
+    """
+    prompt = _prompt(args)
+    options = generation_options(args)
+    model, tokenizer = load(args)
+    from transformers import TextStreamer
+
+    from ..generation import encode_prompt
+
+    ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+
+
+def load(args: argparse.Namespace):
+    """Model and tokenizer of `args.checkpoint`, with the random seed set."""
+    import torch
+
+    from ..evaluation.loading import DTYPES, load_model, load_tokenizer
+
+    torch.manual_seed(args.seed)
+    return load_model(args.checkpoint, DTYPES[args.dtype]), load_tokenizer(args.checkpoint)
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `generate()`; what is not given is left to the checkpoint.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    if args.temperature is not None and args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature} must be 0 (greedy) or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p} must lie in (0, 1]")
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+    if args.temperature == 0:
+        return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return {**options, **given, **({"do_sample": True} if given else {})}
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file:
+        return Path(args.prompt_file).read_text(encoding="utf-8")
+    return sys.stdin.read() if args.prompt is None else args.prompt
