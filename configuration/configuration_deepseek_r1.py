@@ -196,7 +196,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.chunk_size_feed_forward < 0:
-            raise ValueError(f"chunk_size_feed_forward={self.chunk_size_feed_forward} must be 0 (no chunks) or a number of tokens")
+            raise ValueError(
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward} must be 0 (no chunks) or a number of tokens"
+            )
         for layer_idx in range(self.num_hidden_layers):
             self._validate_layer(layer_idx, self.per_layer_config[layer_idx])
 
@@ -215,7 +217,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                 )
             rope_type = parameters.get("rope_type", "default")
             if rope_type not in ROPE_TYPES:
-                raise ValueError(f"layer {layer_idx}: rope_parameters['rope_type']={rope_type!r} must be one of {list(ROPE_TYPES)}")
+                raise ValueError(
+                    f"layer {layer_idx}: rope_parameters['rope_type']={rope_type!r} must be one of {list(ROPE_TYPES)}"
+                )
             super(DeepseekR1TextConfig, layer).validate_rope()
 
     def _validate_layer(self, layer_idx: int, layer: "DeepseekR1TextConfig") -> None:
@@ -226,7 +230,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                 " key/value head serves equally many query heads"
             )
         if layer.head_dim < 1 or (self.no_rope_layers[layer_idx] and layer.head_dim % 2):
-            raise ValueError(f"layer {layer_idx}: head_dim={layer.head_dim} must be positive, and even where rotary embedding is on")
+            raise ValueError(
+                f"layer {layer_idx}: head_dim={layer.head_dim} must be positive, and even where rotary embedding is on"
+            )
         if layer.intermediate_size < 1:
             raise ValueError(f"layer {layer_idx}: intermediate_size={layer.intermediate_size} must be at least 1")
         if not 0.0 <= layer.attention_dropout < 1.0:

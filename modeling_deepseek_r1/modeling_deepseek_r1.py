@@ -156,9 +156,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         inputs = input_ids if input_ids is not None else inputs_embeds
         layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
         hidden_states = self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
 
     def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
@@ -193,7 +191,9 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         like = torch.empty(0, dtype=self.norm.weight.dtype, device=inputs.device)
         embeddings = [rotary(like, position_ids) for rotary in self.rotary_embs]
         chunk, length = self.config.chunk_size_feed_forward, inputs.shape[1]
-        records = any(kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs)
+        records = any(
+            kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs
+        )
         whole = past_key_values is None or torch.is_grad_enabled() or records or not 0 < chunk < length
         if whole or self.config._attn_implementation == "eager":
             return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)

@@ -163,7 +163,9 @@ def test_gradients_flow_through_a_cache(pattern):
         logits = model(part, past_key_values=cache, use_cache=True).logits
     logits[:, -1].square().sum().backward()
     for (name, actual), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual.grad, expected.grad, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_local_layers_hold_a_bounded_number_of_keys(pattern):

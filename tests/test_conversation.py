@@ -39,7 +39,9 @@ def test_turns_equal_a_conversation_without_a_cache():
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
     for turn in ("w5 w6 w7 w8", "w9 w10", "w11 w12 w13"):
         messages = [*conversation.messages, {"role": "user", "content": turn}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
         expected = model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=False)[0, ids.shape[1] :]
         lengths.clear()
         assert conversation.say(turn) == tokenizer.decode(expected, skip_special_tokens=True)
@@ -55,7 +57,10 @@ def test_a_template_that_rewrites_history_is_answered_rightly():
     conversation = Conversation(model, tokenizer, {"max_new_tokens": 5, "do_sample": False})
     for turn in ("w5 w6 w7", "w9"):
         ids = tokenizer.apply_chat_template(
-            [*conversation.messages, {"role": "user", "content": turn}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [*conversation.messages, {"role": "user", "content": turn}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         ).input_ids
         expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
         assert conversation.say(turn) == tokenizer.decode(expected, skip_special_tokens=True)
@@ -63,7 +68,9 @@ def test_a_template_that_rewrites_history_is_answered_rightly():
 
 def test_prompts_are_encoded_by_template_or_raw():
     tokenizer = word_tokenizer()
-    assert tokenizer.decode(encode_prompt(tokenizer, "w5", system="w9")[0]) == "<s> system w9 </s> <s> user w5 </s> <s> assistant"
+    assert (
+        tokenizer.decode(encode_prompt(tokenizer, "w5", system="w9")[0]) == "<s> system w9 </s> <s> user w5 </s> <s> assistant"
+    )
     assert tokenizer.decode(encode_prompt(tokenizer, "w5 w6", raw=True)[0]) == "w5 w6"
     assert tokenizer.decode(encode_prompt(word_tokenizer(None), "w5 w6")[0]) == "w5 w6"
     with pytest.raises(ValueError, match="prompt is empty"):

@@ -68,9 +68,13 @@ def local_plan(
         stop = min(num_queries, start + LOCAL_BLOCK)
         # First position in the window of the block's first query; sink tokens that the window reaches are met only once.
         low = max(first + start - window + 1, sinks)
-        ranges = ((0, first + stop - dropped),) if low <= sinks + dropped else ((0, sinks), (low - dropped, first + stop - dropped))
+        ranges = (
+            ((0, first + stop - dropped),) if low <= sinks + dropped else ((0, sinks), (low - dropped, first + stop - dropped))
+        )
         ranges = tuple(r for r in ranges if r[0] < r[1])
-        is_interior = len(ranges) == (2 if sinks else 1) and low == first + start - window + 1 > sinks and stop - start == LOCAL_BLOCK
+        is_interior = (
+            len(ranges) == (2 if sinks else 1) and low == first + start - window + 1 > sinks and stop - start == LOCAL_BLOCK
+        )
         mask = interior if is_interior else None
         if mask is None:
             mask = _local_mask(window, sinks, first + start, first + stop, ranges, dropped, dtype, device)

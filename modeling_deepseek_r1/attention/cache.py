@@ -118,7 +118,7 @@ class PatternLayer(DynamicLayer):
         return self._update_irregular(key_states, value_states, held, layout)
 
     def _update_regular(self, key_states, value_states, held):
-        pattern, new = self.pattern, key_states.shape[2]
+        new = key_states.shape[2]
         self.key_positions = self.key_documents = None
         tracked = torch.is_grad_enabled() and key_states.requires_grad
         if self.is_sliding and not self.record_past and held:
@@ -127,7 +127,8 @@ class PatternLayer(DynamicLayer):
         if tracked or (self.is_sliding and new > SLACK):
             # Either autograd must not see a buffer written twice, or the keys would stay alive until the next forward.
             states = [
-                torch.cat((x, y), 2) if held else y for x, y in zip((self.keys, self.values), (key_states, value_states), strict=True)
+                torch.cat((x, y), 2) if held else y
+                for x, y in zip((self.keys, self.values), (key_states, value_states), strict=True)
             ]
             self.keys, self.values = states
             for store in self._stores:
@@ -200,7 +201,9 @@ class PatternLayer(DynamicLayer):
             )
         if removed:
             self.seen -= removed
-            self.keys, self.values = (s.take_back(x, removed) for s, x in zip(self._stores, (self.keys, self.values), strict=True))
+            self.keys, self.values = (
+                s.take_back(x, removed) for s, x in zip(self._stores, (self.keys, self.values), strict=True)
+            )
             if self.positions is not None:
                 taken, self.positions = self.positions[:, -removed:], self.positions[:, :-removed]
                 self.next_positions = self.next_positions - (taken >= 0).sum(1, keepdim=True)

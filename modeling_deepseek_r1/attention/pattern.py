@@ -269,7 +269,9 @@ def _document_starts(
     """`[B, Q]` bool, true where a document begins that does not continue the one before; None where there is none."""
     if seq_idx is not None:
         if seq_idx.dim() != 2 or seq_idx.shape[1] != num_queries or seq_idx.shape[0] not in (1, batch_size):
-            raise ValueError(f"seq_idx has shape {list(seq_idx.shape)}; it must be [{batch_size}, {num_queries}], one number a token")
+            raise ValueError(
+                f"seq_idx has shape {list(seq_idx.shape)}; it must be [{batch_size}, {num_queries}], one number a token"
+            )
         starts = torch.zeros_like(seq_idx, dtype=torch.bool)
         starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         if past and position_ids is not None:

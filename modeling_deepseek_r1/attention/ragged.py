@@ -97,7 +97,9 @@ def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_pos
         seq_len = own[0].shape[2]
         if document == group.current_document and num_cached and group.past_length:
             seq_len += group.past_length
-            own[1:] = [torch.cat((_cached(x, key_positions, num_cached), y), 2) for x, y in zip((key, value), own[1:], strict=True)]
+            own[1:] = [
+                torch.cat((_cached(x, key_positions, num_cached), y), 2) for x, y in zip((key, value), own[1:], strict=True)
+            ]
         result = document_attention(*own, pattern, scale, seq_len)
         for number, piece in zip(numbers, result.split([lengths[n] for n in numbers], 2), strict=True):
             outputs[number] = piece

@@ -10,7 +10,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that `generate` and `chat` have in common."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder or hub id")
     parser.add_argument("--system", metavar="TEXT", help="instructions before the conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default: 256)"
+    )
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="0 = always the likeliest token; default: as the checkpoint recommends"
     )

@@ -52,7 +52,9 @@ class Conversation:
 
     def __post_init__(self):
         if not self.tokenizer.chat_template:
-            raise ValueError("the checkpoint's tokenizer has no chat template; continue plain texts with `deepseek-r1 generate`")
+            raise ValueError(
+                "the checkpoint's tokenizer has no chat template; continue plain texts with `deepseek-r1 generate`"
+            )
 
     def say(self, text: str, streamer: TextStreamer | None = None) -> str:
         """Adds a turn of the user and returns the model's answer, which `streamer` receives as it comes.

@@ -64,11 +64,17 @@ def test_positions_count_the_real_tokens_of_the_document():
 
 
 def test_a_slice_is_the_layout_of_the_later_tokens():
-    packed = AttentionLayout.build(1, 6, past=4, seq_idx=torch.tensor([[7, 7, 2, 2, 2, 9]]), position_ids=torch.arange(4, 10)[None])
+    packed = AttentionLayout.build(
+        1, 6, past=4, seq_idx=torch.tensor([[7, 7, 2, 2, 2, 9]]), position_ids=torch.arange(4, 10)[None]
+    )
     assert packed.positions.tolist() == [[4, 5, 0, 1, 2, 0]]
     middle = packed.slice(1, 4)
     assert (middle.past, middle.positions.tolist(), middle.documents.tolist()) == (5, [[5, 0, 1]], [[0, 1, 1]])
-    assert (middle.past_positions.tolist(), middle.past_documents.tolist(), middle.next_positions.tolist()) == ([[5]], [[0]], [[2]])
+    assert (middle.past_positions.tolist(), middle.past_documents.tolist(), middle.next_positions.tolist()) == (
+        [[5]],
+        [[0]],
+        [[2]],
+    )
     last = packed.slice(3, 6)
     assert (last.past_positions.tolist(), last.past_documents.tolist()) == ([[1]], [[1]])
 

@@ -1,0 +1,65 @@
+"""`deepseek-r1 convert`: command line of `conversion.convert_checkpoint` and `conversion.to_dense`."""
+
+import argparse
+import json
+
+from ..configuration.presets import LAYER_LETTERS, PRESETS
+
+PATTERN_ARGUMENTS = ("preset", "layer_types", "sliding_window", "num_sink_tokens", "gguf_file")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    letters = ", ".join(f"{letter} = {name}" for letter, name in LAYER_LETTERS.items())
+    presets = sorted(name for name, fields in PRESETS.items() if "shape" not in fields)
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, hub id or .gguf file")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to be made; it appears only when it is complete")
+    pattern = parser.add_argument_group("attention pattern (default: the source's own, which computes the same function)")
+    pattern.add_argument("--preset", choices=presets, help="named pattern; the arguments below win over it")
+    pattern.add_argument("--layer-types", metavar="PATTERN", help=f"letters that repeat over the layers, e.g. SSSF; {letters}")
+    pattern.add_argument(
+        "--sliding-window", type=int, metavar="N", help="tokens that a sliding layer sees, the current one included"
+    )
+    pattern.add_argument(
+        "--num-sink-tokens", type=int, metavar="N", help="first tokens of a document that sliding layers see besides"
+    )
+    parser.add_argument("--gguf-file", metavar="F", help="name of the GGUF file inside SOURCE")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the written weights (default: as stored; float32 for a quantised GGUF file)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and report; read no weights, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at DESTINATION")
+    parser.add_argument(
+        "--to-dense",
+        action="store_true",
+        help="the way back: write a converted checkpoint in the layout of the family it came from",
+    )
+    parser.add_argument(
+        "--allow-pattern-change",
+        action="store_true",
+        help="with --to-dense: drop a pattern that no dense family has (same weights, another function)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts, and prints the report on stdout.
+
+    Raises:
+        ValueError, OSError, ImportError: as `convert_checkpoint` and `to_dense`; arguments that exclude each other.
+    """
+    from ..conversion import convert_checkpoint, to_dense
+
+    common = {"dtype": args.dtype, "dry_run": args.dry_run, "overwrite": args.overwrite}
+    given = {name: getattr(args, name) for name in PATTERN_ARGUMENTS if getattr(args, name) is not None}
+    if args.to_dense:
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{names}: not with --to-dense, which keeps the checkpoint's pattern or drops it")
+        report = to_dense(args.source, args.destination, allow_pattern_change=args.allow_pattern_change, **common)
+    elif args.allow_pattern_change:
+        raise ValueError("--allow-pattern-change belongs to --to-dense")
+    else:
+        report = convert_checkpoint(args.source, args.destination, **given, **common)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report.summary())

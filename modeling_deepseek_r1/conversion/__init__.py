@@ -1,0 +1,8 @@
+"""Existing checkpoints into this library's, and back."""
+
+from .convert import convert_checkpoint
+from .export import export_checkpoint
+from .report import ConversionReport
+from .to_dense import to_dense
+
+__all__ = ["ConversionReport", "convert_checkpoint", "export_checkpoint", "to_dense"]

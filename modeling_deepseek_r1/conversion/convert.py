@@ -1,0 +1,374 @@
+"""Turns a checkpoint of a supported family into one of this library.
+
+No model is built: a conversion is a mapping of the configuration and a stream of tensors, whose names and shapes are checked
+against everything that the resulting model will have before the first byte is written.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils.hub import convert_file_size_to_int
+
+from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from ..configuration.presets import preset_fields
+from .families import FAMILIES, LATENT_ATTENTION, MIXTURES, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
+from .report import ConversionReport, cache_size, describe_pattern, layer_attention, name_list
+from .source import GENERATION_FILE, LEGAL_FILES, TOKENIZER_FILES, FolderSource, Source, open_source
+from .tokenizer_files import (
+    copy_tokenizer,
+    find_files,
+    folder_vocabulary,
+    gguf_tokenizer,
+    gguf_vocabulary,
+    write_generation_config,
+)
+from .write import TensorInfo, atomic_folder, check_destination, clean_leftovers, write_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What will be written, and what of the source is left out.
+
+    Attributes:
+        tensors: name -> shape and dtype in the result.
+        skipped: name -> why the result does not need it.
+        cast: names whose dtype changes.
+        lossless: whether every such change keeps all values.
+    """
+
+    tensors: dict[str, TensorInfo]
+    skipped: dict[str, str]
+    cast: list[str]
+    lossless: bool
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    preset: str | None = None,
+    layer_types: list[str] | str | None = None,
+    sliding_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ConversionReport:
+    """Converts a Llama, Mistral, Qwen2, Qwen3 or SmolLM3 checkpoint, or changes the attention pattern of a converted one.
+
+    Without a pattern argument the source's own pattern is kept and the result is the same function. `preset`, `layer_types`,
+    `sliding_window` and `num_sink_tokens` ask for a sparse pattern; explicit arguments win over the preset.
+
+    Args:
+        source: folder with safetensors files, hub id, or GGUF file.
+        destination: folder to be made; it appears only when it is complete.
+        preset: a name from `configuration.presets.PRESETS`.
+        layer_types: one layer type per layer, or a pattern string such as `"SSSF"` that repeats over the layers.
+        sliding_window: tokens that a sliding layer sees, the current one included.
+        num_sink_tokens: first tokens of a document that sliding layers see besides.
+        gguf_file: name of the GGUF file inside `source`.
+        dtype: dtype of the written weights, e.g. `"bfloat16"`; default: as stored (float32 for a quantised GGUF file).
+        dry_run: check and report, reading no weights and writing nothing.
+        overwrite: replace a checkpoint that is at `destination`.
+        max_shard_size: bytes per weights file, or a string such as `"5GB"`.
+        revision: branch, tag or commit of a hub repository.
+        token: access token of the hub.
+
+    Returns:
+        A [`ConversionReport`].
+
+    Raises:
+        ValueError: an unsupported or damaged source, tensors that do not fit its configuration, impossible arguments.
+        OSError: a missing source, an existing or unwritable destination, a full disk.
+        ImportError: a GGUF file without the package `gguf`.
+    """
+    origin = open_source(source, gguf_file=gguf_file, revision=revision, token=token)
+    source_config = read_source_config(origin)
+    plain = plain_target(source_config, weights_dtype(origin, source_config, dtype))
+    target = apply_pattern(plain, preset, layer_types, sliding_window, num_sink_tokens)
+    plan = plan_tensors(origin, target, as_dtype(dtype))
+    report = build_report(origin, plain, target, plan, (source, destination), source_config.model_type)
+    if getattr(origin, "quantized", None):
+        report.warnings.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
+    write_checkpoint(origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size)
+    return report
+
+
+def read_source_config(origin: Source) -> PreTrainedConfig:
+    """The source's configuration object.
+
+    Raises:
+        ValueError: a model type that does not convert, or an invalid configuration.
+    """
+    model_type = origin.config.get("model_type")
+    if model_type in LATENT_ATTENTION:
+        raise ValueError(
+            f"model_type {model_type!r}: this library is not DeepSeek's own 671B model with latent attention; convert a"
+            " DeepSeek-R1-Distill-Qwen or DeepSeek-R1-Distill-Llama checkpoint instead"
+        )
+    if model_type in MIXTURES:
+        raise ValueError(f"model_type {model_type!r}: mixture-of-experts checkpoints are not supported in this version")
+    if model_type != TARGET_MODEL_TYPE and model_type not in FAMILIES:
+        supported = ", ".join([*FAMILIES, TARGET_MODEL_TYPE])
+        raise ValueError(f"model_type {model_type!r} of {origin.path} is not supported; supported: {supported}")
+    if model_type != TARGET_MODEL_TYPE and origin.config.get("per_layer_config"):
+        raise ValueError(f"{origin.path}: per_layer_config in a {model_type} checkpoint is not supported")
+    config_class = DeepseekR1TextConfig if model_type == TARGET_MODEL_TYPE else CONFIG_MAPPING[model_type]
+    try:
+        return config_class.from_dict(dict(origin.config))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{origin.path} has no valid {model_type} configuration: {error}") from error
+
+
+def plain_target(source_config: PreTrainedConfig, dtype: torch.dtype) -> DeepseekR1TextConfig:
+    """The configuration under which this library computes the source's function."""
+    if source_config.model_type == TARGET_MODEL_TYPE:
+        fields = source_config.to_dict()
+    else:
+        fields = target_fields(FAMILIES[source_config.model_type], source_config)
+        fields["source_model_type"] = source_config.model_type
+    fields |= {"architectures": [TARGET_ARCHITECTURE], "dtype": dtype}
+    try:
+        return DeepseekR1TextConfig.from_dict(fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+
+
+def apply_pattern(
+    config: DeepseekR1TextConfig,
+    preset: str | None,
+    layer_types: list[str] | str | None,
+    sliding_window: int | None,
+    num_sink_tokens: int | None,
+) -> DeepseekR1TextConfig:
+    """`config` with another attention pattern, or itself where none is asked for."""
+    wanted: dict[str, Any] = preset_fields(preset) if preset is not None else {}
+    fields = config.to_dict()
+    if layer_types is not None:
+        wanted["layer_types"] = layer_types if isinstance(layer_types, str) else list(layer_types)
+    if sliding_window is not None:
+        wanted["sliding_window"] = sliding_window
+    if num_sink_tokens is not None:
+        wanted["sparse_attention"] = {**(fields.get("sparse_attention") or {}), "num_sink_tokens": num_sink_tokens}
+    if not wanted:
+        return config
+    overrides = fields.pop("per_layer_config", None) or {}
+    kept = {layer: {k: v for k, v in values.items() if k not in wanted} for layer, values in overrides.items()}
+    fields["per_layer_config"] = {int(layer): values for layer, values in kept.items() if values} or None
+    try:
+        result = DeepseekR1TextConfig.from_dict(fields | wanted)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    given = [name for name, value in (("sliding_window", sliding_window), ("num_sink_tokens", num_sink_tokens)) if value]
+    if given and "sliding_attention" not in result.layer_types:
+        raise ValueError(
+            f"{given[0]} has no effect: no layer is sliding_attention; give layer_types (such as 'SF') or a preset too"
+        )
+    return result
+
+
+def expected_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that a causal language model with `config` stores, in its order."""
+    shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    for layer_idx in range(config.num_hidden_layers):
+        layer = config.per_layer_config[layer_idx]
+        hidden, inner = layer.hidden_size, layer.intermediate_size
+        queries, keys = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+        linears = {
+            "self_attn.q_proj": (queries, hidden, layer.attention_bias),
+            "self_attn.k_proj": (keys, hidden, layer.attention_bias),
+            "self_attn.v_proj": (keys, hidden, layer.attention_bias),
+            "self_attn.o_proj": (hidden, queries, layer.attention_out_bias),
+            "mlp.gate_proj": (inner, hidden, layer.mlp_bias),
+            "mlp.up_proj": (inner, hidden, layer.mlp_bias),
+            "mlp.down_proj": (hidden, inner, layer.mlp_bias),
+        }
+        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+        if layer.qk_norm == "head":
+            norms |= {"self_attn.q_norm": layer.head_dim, "self_attn.k_norm": layer.head_dim}
+        prefix = f"model.layers.{layer_idx}"
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+        shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def plan_tensors(origin: Source, target: DeepseekR1TextConfig, dtype: torch.dtype | None) -> TensorPlan:
+    """Compares the source's tensors with what the result needs.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, or of another shape; all of them in one message.
+    """
+    expected, found = expected_tensors(target), origin.tensors
+    skipped = {name: "recomputed from the configuration" for name in found if HARMLESS.fullmatch(name)}
+    if target.tie_word_embeddings and found.get(HEAD) and found[HEAD].shape == expected[EMBEDDING]:
+        skipped[HEAD] = "tied to the embeddings"
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected and name not in skipped]
+    shapes = {
+        name: (found[name].shape, shape) for name, shape in expected.items() if name in found and found[name].shape != shape
+    }
+    problems = [f"missing: {name_list(missing)}"] if missing else []
+    problems += [f"not part of the model: {name_list(surplus)}"] if surplus else []
+    problems += [f"{name} has shape {list(actual)} instead of {list(shape)}" for name, (actual, shape) in shapes.items()]
+    if problems:
+        heads = [name for name in origin.config.get("architectures") or [] if not name.endswith("ForCausalLM")]
+        hint = f" (it is a {heads[0]}; only causal language models convert)" if heads else ""
+        raise ValueError(f"the tensors of {origin.path} do not fit its configuration{hint}: " + "; ".join(problems))
+    tensors = {name: TensorInfo(shape, dtype or found[name].dtype) for name, shape in expected.items()}
+    cast = [name for name in tensors if tensors[name].dtype != found[name].dtype]
+    lossless = all(torch.promote_types(found[name].dtype, tensors[name].dtype) == tensors[name].dtype for name in cast)
+    return TensorPlan(tensors, skipped, cast, lossless)
+
+
+def build_report(
+    origin: Source,
+    before: DeepseekR1TextConfig,
+    after: DeepseekR1TextConfig,
+    plan: TensorPlan,
+    paths: tuple[str | os.PathLike, str | os.PathLike],
+    source_family: str,
+    target_family: str = TARGET_MODEL_TYPE,
+) -> ConversionReport:
+    """The report of a planned conversion from the attention pattern of `before` to that of `after`."""
+    dtype = after.dtype
+    layers_before, layers_after = layer_attention(before, dtype), layer_attention(after, dtype)
+    sizes = [info.numel for info in plan.tensors.values()]
+    tokenizer = ["from the GGUF file"]
+    if isinstance(origin, FolderSource):
+        tokenizer = [str(file) for file in find_files(origin.path, TOKENIZER_FILES)]
+    warnings = [] if tokenizer else ["the source has no tokenizer files; add them before using the result with text"]
+    if not plan.lossless:
+        warnings.append(f"casting to {str(dtype).removeprefix('torch.')} rounds the weights")
+    return ConversionReport(
+        source=str(paths[0]),
+        source_family=source_family,
+        destination=str(paths[1]),
+        target_family=target_family,
+        parameters=sum(sizes),
+        disk_bytes=sum(info.nbytes for info in plan.tensors.values()),
+        load_bytes=(sum(sizes) + max(sizes)) * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch."),
+        pattern=describe_pattern(layers_after),
+        cache_before=cache_size(layers_before),
+        cache_after=cache_size(layers_after),
+        exact=layers_before == layers_after and plan.lossless,
+        tensors_matched=len(plan.tensors),
+        tensors_cast=len(plan.cast),
+        tensors_skipped=[f"{name}: {reason}" for name, reason in plan.skipped.items()],
+        tokenizer=tokenizer,
+        warnings=warnings,
+    )
+
+
+def write_checkpoint(
+    origin: Source,
+    source_config: PreTrainedConfig,
+    config: PreTrainedConfig,
+    plan: TensorPlan,
+    report: ConversionReport,
+    dry_run: bool,
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> None:
+    """Writes a planned checkpoint and completes `report`; with `dry_run` only the latter."""
+    destination, shard_bytes = Path(report.destination).expanduser().resolve(), convert_file_size_to_int(max_shard_size)
+    if shard_bytes < 1:
+        raise ValueError(f"max_shard_size={max_shard_size!r} must be at least one byte")
+    report.dry_run = dry_run
+    if dry_run:
+        try:
+            check_destination(destination, overwrite, origin.path)
+        except (ValueError, OSError) as error:
+            report.warnings.append(str(error))
+        return
+    report.warnings += clean_leftovers(destination)
+    check_destination(destination, overwrite, origin.path)
+    if HEAD in plan.skipped and not torch.equal(origin.read(HEAD), origin.read(EMBEDDING)):
+        raise ValueError(
+            f"{origin.path} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set tie_word_embeddings to false in its"
+            " config.json to keep both, or remove the former"
+        )
+    with atomic_folder(destination, report.disk_bytes) as folder:
+        _stream_weights(origin, plan.tensors, folder, report, shard_bytes)
+        config.save_pretrained(folder)
+        _carry_files(origin, source_config, config.vocab_size, folder, report)
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype, dtype)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def weights_dtype(origin: Source, config: PreTrainedConfig, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype that the result's configuration names: the asked one, the source's, or that of most weights."""
+    stored: Counter[torch.dtype] = Counter()
+    for info in origin.tensors.values():
+        stored[info.dtype] += info.numel
+    declared = getattr(config, "dtype", None)
+    return as_dtype(dtype) or (
+        declared if isinstance(declared, torch.dtype) else max(stored, key=stored.get, default=torch.float32)
+    )
+
+
+def _stream_weights(
+    origin: Source, tensors: Mapping[str, TensorInfo], folder: Path, report: ConversionReport, shard_bytes: int
+) -> None:
+    with tqdm(total=report.disk_bytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+
+        def read(name: str) -> torch.Tensor:
+            tensor = origin.read(name).to(tensors[name].dtype)
+            if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+                report.warnings.append(f"{name} holds values that are not finite")
+            progress.update(tensor.nbytes)
+            return tensor
+
+        write_weights(folder, tensors, read, shard_bytes)
+
+
+def _carry_files(
+    origin: Source, source_config: PreTrainedConfig, vocab_size: int, folder: Path, report: ConversionReport
+) -> None:
+    home = origin.path if isinstance(origin, FolderSource) else origin.path.parent
+    for file in find_files(home, LEGAL_FILES):
+        shutil.copyfile(home / file, folder / file)
+    if isinstance(origin, FolderSource):
+        copy_tokenizer(home, folder, source_config.model_type)
+        if (home / GENERATION_FILE).is_file():
+            shutil.copyfile(home / GENERATION_FILE, folder / GENERATION_FILE)
+            return
+        vocabulary = folder_vocabulary(home)
+    else:
+        vocabulary = gguf_vocabulary(origin.metadata)
+        try:
+            gguf_tokenizer(origin.path, origin.metadata).save_pretrained(folder)
+        except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, OSError, ImportError) as error:
+            report.warnings.append(f"no tokenizer could be made from {origin.path.name}: {error}")
+        report.tokenizer = [str(file) for file in find_files(folder, TOKENIZER_FILES)]
+    write_generation_config(source_config, vocabulary, vocab_size, folder)

