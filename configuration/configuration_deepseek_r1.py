@@ -74,7 +74,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             Overrides for single layers, e.g. `{3: {"sliding_window": 1024, "attention_bias": True, "head_dim": 128}}`.
 
     Raises:
-        ValueError: an impossible combination; the message names the field, its value and what would be valid.
+        ValueError: an impossible pattern or nested field; the message names the field, its value and what would be valid.
+        huggingface_hub.errors.StrictDataclassError: a wrong type or combination of fields, likewise.
 
     Example:
 
@@ -130,7 +131,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
     qk_norm: Literal["head"] | None = None
-    chunk_size_feed_forward: int = 2048
+    chunk_size_feed_forward: int = 1024
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

@@ -44,7 +44,9 @@ class DeepseekR1MLP(nn.Module):
         self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or not 0 < self.chunk_size < x.shape[-2]:
+        if torch.is_grad_enabled():
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if not 0 < self.chunk_size < x.shape[-2]:
             return self._product(x)
         output = torch.empty_like(x)
         for start in range(0, x.shape[-2], self.chunk_size):
@@ -52,7 +54,7 @@ class DeepseekR1MLP(nn.Module):
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
 
 
 class DeepseekR1DecoderLayer(GradientCheckpointingLayer):

@@ -134,7 +134,7 @@ def target_fields(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
     else:
         fields["layer_types"] = ["full_attention" if window is None else "sliding_attention"] * layers
     fields["rope_parameters"].pop("type", None)
-    if fields["rope_parameters"]["rope_type"] == "default":
+    if fields["rope_parameters"].get("rope_type") == "default":
         # The families' own default rotary code rotates the whole head, whatever this says.
         fields["rope_parameters"].pop("partial_rotary_factor", None)
     return fields

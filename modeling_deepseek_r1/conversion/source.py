@@ -109,7 +109,11 @@ class FolderSource:
             return self._locate_sharded(index)
         files = sorted(self.path.glob("*.safetensors"))
         if len(files) != 1:
-            found = f"{len(files)} safetensors files without model.safetensors.index.json" if files else "no model.safetensors"
+            found = (
+                f"{len(files)} safetensors files without model.safetensors.index.json"
+                if files
+                else "no model.safetensors (only safetensors and GGUF files are read)"
+            )
             raise FileNotFoundError(f"{self.path} holds {found}")
         return dict.fromkeys(_safetensors_header(files[0]), files[0])
 
@@ -137,12 +141,12 @@ class FolderSource:
             shape, dtype = headers[path][name]
             if dtype in DTYPES:
                 infos[name] = TensorInfo(shape, DTYPES[dtype])
-            elif name.endswith((".weight", ".bias")):
+            else:
                 foreign.append(f"{name} ({dtype})")
         if foreign:
             raise ValueError(
-                f"{self.path} holds weights in an integer or 8-bit type, so it is quantised: {', '.join(foreign[:8])}. Convert the"
-                " original checkpoint instead"
+                f"{self.path} holds tensors of an integer, boolean or 8-bit type, as quantised checkpoints do: {', '.join(foreign[:8])}."
+                " Convert the original checkpoint instead"
             )
         return infos
 
@@ -170,7 +174,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} holds a PEFT adapter; merge it into its base model (merge_and_unload) and convert the result"
             )
-        raise FileNotFoundError(f"{path} holds no config.json, so it is no checkpoint folder")
+        raise FileNotFoundError(
+            f"{path} holds no config.json, so it is no checkpoint folder; for a GGUF repository give gguf_file"
+        )
     return _read_json(path / "config.json")
 
 

@@ -171,7 +171,7 @@ def markdown_table(result: dict[str, Any]) -> str:
 def _measured_on(result: dict[str, Any]) -> str:
     about = result["environment"]
     parts = [
-        f"{about['processor']} ({about['device']}), {about['threads']} threads",
+        f"{about['processor']} ({about['device']}), threads: {about['threads']}",
         str(about["dtype"]),
         f"torch {about['torch']}, transformers {about['transformers']}, Python {about['python']}",
         about["date"][:10],
@@ -193,8 +193,8 @@ _PANEL_INCHES = (4.6, 3.3)
 class _Panel:
     """Grouped bars: one group per context length, one bar per model. `bars[label]` is a list of `(length, low, value, high)`."""
 
-    def __init__(self, title: str, unit: str, bars: dict[str, list[tuple[int, float, float, float]]], digits: int):
-        self.title, self.unit, self.bars, self.digits = title, unit, bars, digits
+    def __init__(self, title: str, unit: str, bars: dict[str, list[tuple[int, float, float, float]]], digits: int, chance=None):
+        self.title, self.unit, self.bars, self.digits, self.chance = title, unit, bars, digits, chance
 
     def draw(self, axes) -> None:
         lengths = [length for length, *_ in next(iter(self.bars.values()))]
@@ -211,6 +211,10 @@ class _Panel:
                 centre = bar.get_x() + bar.get_width() / 2
                 text = f"{value:.{self.digits}f}"
                 axes.annotate(text, (centre, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+        if self.chance is not None:
+            axes.axhline(self.chance, color="#333333", linewidth=1, linestyle="--")
+            place = (1.0, self.chance)
+            axes.annotate("chance", place, (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", fontsize=8)
         axes.set_title(self.title, fontsize=11, loc="left", fontweight="bold")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_xlabel("context length (tokens)")
@@ -245,7 +249,9 @@ def _quality_panels(result: dict[str, Any]) -> list[_Panel]:
             ]
             for label in result["models"]
         }
-        panels.append(_Panel("Planted facts found (higher is better)", "% of questions, 95 % interval", bars, 0))
+        # Of a model that knows which values occurred, the harder of the two.
+        chance = 100 * next(iter(result["retrieval"].values()))["chance_seen"]
+        panels.append(_Panel("Planted facts found (higher is better)", "% of questions, 95 % interval", bars, 0, chance))
     return panels
 
 
@@ -258,7 +264,7 @@ def _cost_panels(result: dict[str, Any]) -> list[_Panel]:
     if "memory" in result:
         cells = {label: _by_label(result["memory"]["cells"], label) for label in result["models"]}
         bars = {label: [(c["length"], *_span(c["peak_bytes"], 1 / _MIB)) for c in cells[label]] for label in cells}
-        panels.append(_Panel("Prefill memory beyond weights (lower is better)", "peak, MiB", bars, 0))
+        panels.append(_Panel("Memory beyond weights (lower is better)", "peak of the prefill, MiB", bars, 0))
     elif "speed" in result:
         bars = {label: [(c["length"], *[c["cache_bytes"] / _MIB] * 3) for c in cells[label]] for label in cells}
         panels.append(_Panel("Key/value cache (lower is better)", "MiB", bars, 0))
@@ -302,6 +308,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         raise ValueError("the result holds no measurement to draw")
     rows, columns = _LAYOUTS[len(panels)]
     figure = _figure_class()(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, axes in zip(panels, all_axes, strict=True):
         panel.draw(axes)
@@ -309,7 +316,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=11)
     about = result["environment"]
     caption = (
-        f"{about['processor']}, {about['threads']} threads, {about['dtype']}, torch {about['torch']}, {about['date'][:10]}"
+        f"{about['processor']}, threads: {about['threads']}, {about['dtype']}, torch {about['torch']}, {about['date'][:10]}"
     )
     figure.supxlabel(caption, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150)

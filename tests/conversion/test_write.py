@@ -38,15 +38,18 @@ convert_checkpoint(sys.argv[1], sys.argv[2], overwrite=True, max_shard_size="20K
 """
 
 MEASURE_PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from modeling_deepseek_r1.conversion import convert_checkpoint
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
-before = peak()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, without that of the imports
+before = resident("VmRSS")
 convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_size="100MB", dtype=sys.argv[3])
-print(peak() - before)
+print(resident("VmHWM") - before)
 """
 
 
@@ -221,6 +224,8 @@ def test_shards_hold_at_most_their_size_or_one_tensor(tmp_path):
     assert [weight_map[name][6:11] for name in infos] == ["00001", "00001", "00002", "00003", "00003", "00003"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize(("shards", "dtype"), [(1, "float32"), (4, "bfloat16")])
 def test_peak_memory_is_far_below_the_size_of_the_checkpoint(shards, dtype, tmp_path):
     config = config_of(
@@ -244,4 +249,4 @@ def test_peak_memory_is_far_below_the_size_of_the_checkpoint(shards, dtype, tmp_
     command = [sys.executable, "-c", MEASURE_PEAK, folder, tmp_path / "converted", dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     largest = max(tensor.nbytes for tensor in expected.values())
-    assert int(result.stdout) < 4 * largest + 30 * 10**6 < total / 2
+    assert 0 < int(result.stdout) < 4 * largest + 30 * 10**6 < total / 2

@@ -152,17 +152,19 @@ def test_bad_items_are_refused(byte_tokenizer, haystack, settings, message):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_scores_equal_those_of_full_forwards(llama, byte_tokenizer, haystack, batch_size):
+def test_scores_equal_those_of_full_forwards(any_model, byte_tokenizer, haystack, batch_size):
     item = build_item(byte_tokenizer, haystack, length=450, depth=0.4, seed=2)
-    scores, written = score_item(llama, byte_tokenizer, item, candidate_batch_size=batch_size)
+    scores, written = score_item(any_model, byte_tokenizer, item, candidate_batch_size=batch_size)
     expected = []
     for candidate in item.candidates:
         answer = torch.tensor([byte_tokenizer(" " + candidate)["input_ids"]])
         with torch.no_grad():
-            log_probs = llama(torch.cat([item.input_ids, answer], dim=1)).logits[0, -answer.shape[1] - 1 : -1].log_softmax(-1)
+            log_probs = (
+                any_model(torch.cat([item.input_ids, answer], dim=1)).logits[0, -answer.shape[1] - 1 : -1].log_softmax(-1)
+            )
         expected.append(log_probs.gather(1, answer.T).sum().item())
     assert scores == pytest.approx(expected, abs=1e-3)
-    greedy = llama.generate(item.input_ids, max_new_tokens=7, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    greedy = any_model.generate(item.input_ids, max_new_tokens=7, do_sample=False, eos_token_id=-1, pad_token_id=0)
     assert written == byte_tokenizer.decode(greedy[0, -7:], skip_special_tokens=True)
 
 

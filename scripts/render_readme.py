@@ -1,0 +1,87 @@
+"""Puts the tables of results/*.json and of the preset table into README.md and the model cards, between their markers.
+
+    python scripts/render_readme.py            rewrites the files
+    python scripts/render_readme.py --check    exit code 1 if a file is not what it would be rewritten to
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
+from modeling_deepseek_r1.evaluation import markdown_table
+
+PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
+MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMMANDS = {
+    "attention_layer": "scripts/benchmark_attention.py",
+    "smollm2_quality": "scripts/benchmark_model.py quality",
+    "smollm2_cost_float32": "scripts/benchmark_model.py cost",
+    "smollm2_cost_bfloat16": "scripts/benchmark_model.py cost --dtype bfloat16",
+}
+
+
+def attention_table(result: dict) -> str:
+    """Rows: length and dtype; columns: what the local layer takes, and how many times longer the others take."""
+    lines = [
+        "| dtype | tokens | local layer | full: forward | full: forward + backward | window mask: forward | memory / output |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in result["cells"]:
+        forward, both = cell["forward_speedups"], cell["forward_backward_speedups"]
+        shown = [forward.get("full"), both.get("full"), forward.get("masked")]
+        ratios = [f"{x['median']:.1f}x longer" if x else "" for x in shown]
+        milliseconds = cell["forward"]["local"]["median"] * 1000
+        row = [cell["dtype"], f"{cell['length']:,}", f"{milliseconds:.0f} ms", *ratios, f"{cell['memory_over_output']:.2f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    exponents = ", ".join(f"{value:.2f} ({name})" for name, value in result["exponents"].items())
+    shape = f"{result['heads']} heads of {result['head_dim']}, window {result['pattern']['window']}"
+    threads = result["environment"]["threads"]
+    lines += ["", f"{shape}, {threads} thread(s); time grows with the length to the power of {exponents}."]
+    return "\n".join(lines) + "\n"
+
+
+def preset_rows() -> str:
+    letters = ", ".join(f"`{letter}` {name}" for letter, name in LAYER_LETTERS.items())
+    rows = ["| preset | pattern | window | sink tokens |", "|---|---|---|---|"]
+    for name, fields in PRESETS.items():
+        sinks = (fields.get("sparse_attention") or {}).get("num_sink_tokens", "")
+        window = fields.get("sliding_window", "")
+        rows.append(f"| `{name}`{' (new models)' if 'shape' in fields else ''} | `{fields['layer_types']}` | {window} | {sinks} |")
+    return "\n".join(rows) + f"\n\nLetters: {letters}.\n"
+
+
+def rendered(page: str) -> str:
+    """The page with everything between its markers made anew.
+
+    Raises:
+        FileNotFoundError: a table whose result is missing.
+    """
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        if name is None:
+            return f"{match[1]}{preset_rows()}{match[4]}"
+        result = json.loads(Path("results", f"{name}.json").read_text())
+        table = attention_table(result) if name == "attention_layer" else markdown_table(result)
+        return f"{match[1]}{table}\n`python {COMMANDS[name]}`\n{match[4]}"
+
+    return MARKED.sub(replace, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, report what would change")
+    args = parser.parse_args()
+    changed = [page for page in PAGES if rendered(page.read_text()) != page.read_text()]
+    for page in changed:
+        if not args.check:
+            page.write_text(rendered(page.read_text()))
+        print(f"{page}: {'out of date, run scripts/render_readme.py' if args.check else 'rewritten'}")
+    return 1 if changed and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
