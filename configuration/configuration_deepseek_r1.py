@@ -28,13 +28,26 @@ class SparseAttention:
     Attributes:
         num_sink_tokens: the first tokens of every document stay visible to all later ones (attention sinks,
             https://arxiv.org/abs/2309.17453); in tokens.
+        num_clusters: centroids per key/value head of a routed layer.
+        routed_clusters: clusters that each query of a routed layer looks into.
+        routed_tokens: the most recent keys that it sees in each of them.
     """
 
     num_sink_tokens: int = 0
+    num_clusters: int = 64
+    routed_clusters: int = 2
+    routed_tokens: int = 256
 
     def validate_counts(self):
         if self.num_sink_tokens < 0:
             raise ValueError(f"sparse_attention['num_sink_tokens']={self.num_sink_tokens} must be 0 or more tokens")
+        if self.routed_tokens < 1:
+            raise ValueError(f"sparse_attention['routed_tokens']={self.routed_tokens} must be at least 1")
+        if not 1 <= self.routed_clusters <= self.num_clusters:
+            raise ValueError(
+                f"sparse_attention['routed_clusters']={self.routed_clusters} must lie between 1 and"
+                f" num_clusters={self.num_clusters}"
+            )
 
 
 def _complete_sparse_attention(value: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
@@ -54,12 +67,13 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     Args:
         layer_types (`list[str]` or `str`, *optional*):
-            `"full_attention"` or `"sliding_attention"` per layer, or a pattern string such as `"SSSF"` that repeats over the
-            layers. Default: sliding where `sliding_window` is set, otherwise full.
+            `"full_attention"`, `"sliding_attention"` or `"local_routed_attention"` per layer, or a pattern string such as
+            `"SSSR"` that repeats over the layers. Default: sliding where `sliding_window` is set, otherwise full.
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
         sparse_attention (`dict`, *optional*):
-            `{"num_sink_tokens": n}`: sliding layers additionally see the first `n` tokens of the document.
+            Fields of `SparseAttention`, e.g. `{"num_sink_tokens": 32}`: sliding and routed layers additionally see the first 32
+            tokens of the document.
         no_rope_layers (`list[int]`, *optional*):
             One entry per layer, 1 = rotary position embedding, 0 = none (SmolLM3's convention). Default: all ones.
         attention_bias (`bool`): biases of the query, key and value projections.
@@ -238,9 +252,12 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             raise ValueError(f"layer {layer_idx}: intermediate_size={layer.intermediate_size} must be at least 1")
         if not 0.0 <= layer.attention_dropout < 1.0:
             raise ValueError(f"layer {layer_idx}: attention_dropout={layer.attention_dropout} must lie in [0, 1)")
-        if self.layer_types[layer_idx] == "sliding_attention" and (layer.sliding_window is None or layer.sliding_window < 1):
+        layer_type = self.layer_types[layer_idx]
+        if layer_type == "local_routed_attention" and layer.sparse_attention is None:
+            raise ValueError(f"layer {layer_idx} is local_routed_attention but sparse_attention is None; give its num_clusters")
+        if layer_type != "full_attention" and (layer.sliding_window is None or layer.sliding_window < 1):
             raise ValueError(
-                f"layer {layer_idx} is sliding_attention but sliding_window={layer.sliding_window}; give the number of tokens it"
+                f"layer {layer_idx} is {layer_type} but sliding_window={layer.sliding_window}; give the number of tokens it"
                 " sees, at least 1"
             )
 

@@ -9,6 +9,7 @@ import json
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -25,10 +26,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
+from .attention.gate import DeepseekR1Router
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import DeepseekR1RotaryEmbedding
+from .attention.routed_cache import RoutedLayer
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 
 
@@ -96,6 +99,16 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     # Layouts are worked out on the host, so a whole forward is not one graph.
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
+    _keep_in_fp32_modules_strict = ["router"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DeepseekR1Router):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+            init.normal_(module.centroids)
+            init.copy_(module.centroids, nn.functional.normalize(module.centroids, dim=-1))
 
 
 class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
@@ -154,11 +167,18 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
-            adopt_cache(past_key_values, self.patterns)
+            adopt_cache(past_key_values, len(self.layers), self.make_cache_layer)
         inputs = input_ids if input_ids is not None else inputs_embeds
         layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
         hidden_states = self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
+
+    def make_cache_layer(self, layer_idx: int, record_past: bool = False) -> PatternLayer:
+        """The cache layer that a decoder layer needs."""
+        pattern = self.patterns[layer_idx]
+        if not pattern.routed_clusters:
+            return PatternLayer(pattern, record_past)
+        return RoutedLayer(pattern, self.config.sparse_attention_of(layer_idx).num_clusters, record_past)
 
     def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
@@ -299,7 +319,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
-            adopt_cache(model_kwargs["past_key_values"], self.model.patterns)
+            adopt_cache(model_kwargs["past_key_values"], len(self.model.layers), self.model.make_cache_layer)
         return result
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -308,10 +328,11 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a layer with sink tokens, or windows that differ between layers.
         """
+        routed = any(pattern.routed_clusters for pattern in self.model.patterns)
         sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
         windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
-        if sinks or len(windows) > 1:
-            what = f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
+        if routed or sinks or len(windows) > 1:
+            what = "routed layers" if routed else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
             raise ValueError(
                 f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
                 " Use generate(), or convert the checkpoint without them"

@@ -1,6 +1,6 @@
 """Times a local attention layer against `scaled_dot_product_attention` and writes results/attention_layer.json.
 
-    python scripts/benchmark_attention.py --threads 1
+python scripts/benchmark_attention.py --threads 1
 """
 
 import argparse
@@ -16,7 +16,9 @@ from modeling_deepseek_r1.evaluation.loading import DTYPES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768, 65536], help="tokens")
-    parser.add_argument("--compared", nargs="+", type=int, default=[16384], help="lengths with full attention, backward and mask")
+    parser.add_argument(
+        "--compared", nargs="+", type=int, default=[16384], help="lengths with full attention, backward and mask"
+    )
     parser.add_argument("--window", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--sinks", type=int, default=0, help="sink tokens (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"])

@@ -1,8 +1,8 @@
 """Measures SmolLM2-135M, dense and with several attention patterns, in one run each, and writes results/smollm2_*.json.
 
-    python scripts/benchmark_model.py quality          perplexity and retrieval at 1K and 4K tokens
-    python scripts/benchmark_model.py cost             time, decoding, cache and peak memory at 1K and 16K, float32
-    python scripts/benchmark_model.py cost --dtype bfloat16
+python scripts/benchmark_model.py quality          perplexity and retrieval at 1K and 4K tokens
+python scripts/benchmark_model.py cost             time, decoding, cache and peak memory at 1K and 16K, float32
+python scripts/benchmark_model.py cost --dtype bfloat16
 """
 
 import argparse

@@ -41,7 +41,18 @@ def run() -> None:
     step("Convert to hybrid attention", "convert", gguf, hybrid, "--preset", "balanced", "--overwrite")
     for folder in (dense, hybrid):
         step(f"Ask {folder.name}", "generate", folder, "--prompt", QUESTION, "--temperature", "0")
-        step(f"Let {folder.name} continue", "generate", folder, "--raw", "--prompt", OPENING, "--temperature", "0", "--max-new-tokens", "40")
+        step(
+            f"Let {folder.name} continue",
+            "generate",
+            folder,
+            "--raw",
+            "--prompt",
+            OPENING,
+            "--temperature",
+            "0",
+            "--max-new-tokens",
+            "40",
+        )
     step(
         "Measure both in one run (the dense side is transformers' own Llama class)",
         *("evaluate", gguf, "--against", hybrid, "--labels", "dense", "hybrid"),

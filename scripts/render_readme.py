@@ -1,7 +1,7 @@
 """Puts the tables of results/*.json and of the preset table into README.md and the model cards, between their markers.
 
-    python scripts/render_readme.py            rewrites the files
-    python scripts/render_readme.py --check    exit code 1 if a file is not what it would be rewritten to
+python scripts/render_readme.py            rewrites the files
+python scripts/render_readme.py --check    exit code 1 if a file is not what it would be rewritten to
 """
 
 import argparse
@@ -49,7 +49,9 @@ def preset_rows() -> str:
     for name, fields in PRESETS.items():
         sinks = (fields.get("sparse_attention") or {}).get("num_sink_tokens", "")
         window = fields.get("sliding_window", "")
-        rows.append(f"| `{name}`{' (new models)' if 'shape' in fields else ''} | `{fields['layer_types']}` | {window} | {sinks} |")
+        rows.append(
+            f"| `{name}`{' (new models)' if 'shape' in fields else ''} | `{fields['layer_types']}` | {window} | {sinks} |"
+        )
     return "\n".join(rows) + f"\n\nLetters: {letters}.\n"
 
 

@@ -9,6 +9,17 @@ PATTERNS = {
     "sliding": {"layer_types": "S", "sliding_window": 7},
     "sinks": {"layer_types": "S", "sliding_window": 7, "sparse_attention": {"num_sink_tokens": 3}},
     "mixed": {"layer_types": "SF", "sliding_window": 7, "sparse_attention": {"num_sink_tokens": 3}},
+    "routed": {
+        "layer_types": "R",
+        "sliding_window": 5,
+        "sparse_attention": {"num_sink_tokens": 2, "num_clusters": 4, "routed_clusters": 2, "routed_tokens": 3},
+    },
+    "routed_mixed": {
+        "layer_types": "SRF",
+        "sliding_window": 7,
+        "sparse_attention": {"num_clusters": 6, "routed_clusters": 1, "routed_tokens": 100},
+        "qk_norm": "head",
+    },
     "per_layer": {
         "layer_types": "SFS",
         "sliding_window": 5,

@@ -176,7 +176,7 @@ def test_local_layers_hold_a_bounded_number_of_keys(pattern):
         for step in range(90):
             run(model, random_ids(1, 1, seed=step), cache)
     for layer, size in zip(cache.layers, sizes, strict=True):
-        if layer.pattern.window is None:
+        if layer.pattern.capacity is None:
             assert layer.keys.shape[2] == 290
         else:
             assert size == layer.pattern.capacity

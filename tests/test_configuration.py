@@ -85,7 +85,16 @@ WRONG = {
     "no heads": ({"num_attention_heads": 0, "num_key_value_heads": None}, "num_attention_heads=0 must be at least 1"),
     "head size": ({"head_dim": 7}, "head_dim=7 must be positive, and even"),
     "sinks": ({"sparse_attention": {"num_sink_tokens": -1}}, "'num_sink_tokens'.*=-1 must be 0 or more"),
-    "sparse name": ({"sparse_attention": {"sinks": 4}}, r"keys among \['num_sink_tokens'\]"),
+    "clusters": (
+        {"sparse_attention": {"num_clusters": 4, "routed_clusters": 5}},
+        "'routed_clusters'.*=5 must lie between 1 and",
+    ),
+    "routed tokens": ({"sparse_attention": {"routed_tokens": 0}}, "'routed_tokens'.*=0 must be at least 1"),
+    "nothing routed": (
+        {"layer_types": "R", "sparse_attention": None},
+        "layer 0 is local_routed_attention but sparse_attention is None",
+    ),
+    "sparse name": ({"sparse_attention": {"sinks": 4}}, r"keys among \[.*'num_sink_tokens'"),
     "sparse name in a layer": ({"per_layer_config": {1: {"sparse_attention": {"sinks": 4}}}}, "layer 1: sparse_attention"),
     "sparse type": ({"sparse_attention": {"num_sink_tokens": "4"}}, "num_sink_tokens.*expected int"),
     "rotary list": ({"no_rope_layers": [1, 2, 1]}, "no_rope_layers contains 2"),

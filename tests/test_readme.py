@@ -20,7 +20,9 @@ def test_links_and_tree_lead_somewhere():
     page = (ROOT / "README.md").read_text()
     targets = re.findall(r"\]\(([^)#:]+)\)", page)
     tree = page.split("tests/                           mirrors")[0].rsplit("```", 1)[1]
-    names = re.findall(r"^(\S+/)", tree, re.MULTILINE) + [f"modeling_deepseek_r1/{x}" for x in re.findall(r"^  ([\w./]+)", tree, re.MULTILINE)]
+    names = re.findall(r"^(\S+/)", tree, re.MULTILINE) + [
+        f"modeling_deepseek_r1/{x}" for x in re.findall(r"^  ([\w./]+)", tree, re.MULTILINE)
+    ]
     assert len(targets) >= 2
     assert len(names) >= 8
     for name in [*targets, *names]:

@@ -111,22 +111,57 @@ def _gather(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
+def run_plan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Block], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of a plan, without autograd."""
+    output = torch.empty_like(query)
+    logsumexp = query.new_empty(query.shape[:3], dtype=sum_dtype(query))
+    for block in plan:
+        rows = query[:, :, block.start : block.stop]
+        results = [
+            attend(rows, _gather(key, part.ranges), _gather(value, part.ranges), scale, part.mask, part.causal)
+            for part in block.parts
+        ]
+        merged, total = results[0] if len(results) == 1 else merge_parts(results)
+        output[:, :, block.start : block.stop] = merged
+        logsumexp[:, :, block.start : block.stop] = total
+    return output, logsumexp
+
+
+def run_plan_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    plan: list[Block],
+    scale: float,
+) -> list[torch.Tensor]:
+    """Gradients of query, key and value, in float32 at least; `output` and `logsumexp` may be those of a larger merge."""
+    # Many blocks add to the gradient of one key (all of them to a sink token's), too many for a sum in bfloat16.
+    grads = [torch.zeros(x.shape, dtype=sum_dtype(x), device=x.device) for x in (query, key, value)]
+    for block in plan:
+        rows = slice(block.start, block.stop)
+        for part in block.parts:
+            shares = attend_backward(
+                grad[:, :, rows], query[:, :, rows], _gather(key, part.ranges), _gather(value, part.ranges),
+                output[:, :, rows], logsumexp[:, :, rows], scale, part.mask, part.causal,
+            )  # fmt: skip
+            grads[0][:, :, rows] += shares[0]
+            offset = 0
+            for a, b in part.ranges:
+                grads[1][:, :, a:b] += shares[1][:, :, offset : offset + b - a]
+                grads[2][:, :, a:b] += shares[2][:, :, offset : offset + b - a]
+                offset += b - a
+    return grads
+
+
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, plan, scale):
-        output = torch.empty_like(query)
-        needs_backward = any(ctx.needs_input_grad[:3])
-        logsumexp = query.new_empty(query.shape[:3], dtype=_sum_dtype(query)) if needs_backward else None
-        for block in plan:
-            rows = query[:, :, block.start : block.stop]
-            results = [
-                attend(rows, _gather(key, part.ranges), _gather(value, part.ranges), scale, part.mask, part.causal)
-                for part in block.parts
-            ]
-            merged, total = results[0] if len(results) == 1 else merge_parts(results)
-            output[:, :, block.start : block.stop] = merged
-            if needs_backward:
-                logsumexp[:, :, block.start : block.stop] = total
+        output, logsumexp = run_plan(query, key, value, plan, scale)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.plan, ctx.scale = plan, scale
         return output
@@ -134,23 +169,9 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        # Many blocks add to the gradient of one key (all of them to a sink token's), too many for a sum in bfloat16.
-        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=_sum_dtype(x)) for x in (query, key, value))
-        for block in ctx.plan:
-            rows = slice(block.start, block.stop)
-            for part in block.parts:
-                shares = attend_backward(
-                    grad[:, :, rows], query[:, :, rows], _gather(key, part.ranges), _gather(value, part.ranges),
-                    output[:, :, rows], logsumexp[:, :, rows], ctx.scale, part.mask, part.causal,
-                )  # fmt: skip
-                grad_query[:, :, rows] += shares[0]
-                offset = 0
-                for a, b in part.ranges:
-                    grad_key[:, :, a:b] += shares[1][:, :, offset : offset + b - a]
-                    grad_value[:, :, a:b] += shares[2][:, :, offset : offset + b - a]
-                    offset += b - a
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        *tensors, output, logsumexp = ctx.saved_tensors
+        grads = run_plan_backward(grad, *tensors, output, logsumexp, ctx.plan, ctx.scale)
+        return *(x.to(y.dtype) for x, y in zip(grads, tensors, strict=True)), None, None
 
 
 def merge_parts(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,5 +187,6 @@ def merge_parts(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     return merged.to(results[0][0].dtype), total
 
 
-def _sum_dtype(states: torch.Tensor) -> torch.dtype:
+def sum_dtype(states: torch.Tensor) -> torch.dtype:
+    """The dtype in which log-sum-exps and sums of gradients are kept."""
     return torch.promote_types(states.dtype, torch.float32)

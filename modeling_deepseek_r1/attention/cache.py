@@ -9,6 +9,8 @@ belongs to an earlier document.
 every entry point of transformers gets a bounded cache without a cache class of its own.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import (
     Cache,
@@ -24,7 +26,26 @@ SLACK = 64
 """Tokens appended in place before a local layer moves its keys together."""
 
 
-REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+class UnadoptedLayer(DynamicLayer):
+    """What `DynamicCache(config=...)` holds for a routed layer until `adopt_cache` replaces it."""
+
+    _layer_type = "local_routed_attention"
+
+
+class UnadoptedStaticLayer(StaticLayer):
+    """Likewise for `StaticCache`."""
+
+    _layer_type = "local_routed_attention"
+
+
+REPLACEABLE = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+    UnadoptedLayer,
+    UnadoptedStaticLayer,
+)
 """Layers that transformers makes by default and that hold nothing a `PatternLayer` could not."""
 
 
@@ -89,7 +110,7 @@ class PatternLayer(DynamicLayer):
     def __init__(self, pattern: AttentionPattern, record_past: bool = False):
         super().__init__()
         self.pattern = pattern
-        self.is_sliding = pattern.window is not None
+        self.is_sliding = pattern.capacity is not None
         self.record_past = record_past
         self.reserve = 0
         self._stores = (GrowingStates(), GrowingStates())
@@ -243,27 +264,30 @@ class PatternLayer(DynamicLayer):
         self._select(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
-def adopt_cache(cache: Cache, patterns: list[AttentionPattern]) -> None:
+def adopt_cache(cache: Cache, num_layers: int, make_layer: Callable[[int, bool], PatternLayer]) -> None:
     """Gives an unused `DynamicCache` or `StaticCache` one `PatternLayer` per model layer.
 
     The layers of a static cache keep its promise to allocate once, as far as it concerns full layers; they are not compilable.
+
+    Args:
+        make_layer: called with the number of a layer and whether to record the past.
 
     Raises:
         ValueError: a cache of another kind (quantized, for instance), or one that other layers have filled.
     """
     layers = cache.layers
-    if len(layers) == len(patterns) and all(isinstance(layer, PatternLayer) for layer in layers):
+    if len(layers) == num_layers and all(isinstance(layer, PatternLayer) for layer in layers):
         return
     foreign = [type(layer).__name__ for layer in layers if type(layer) not in REPLACEABLE]
     filled = any(int(layer.get_seq_length()) > 0 for layer in layers)
-    if foreign or filled or len(layers) not in (0, len(patterns)):
+    if foreign or filled or len(layers) not in (0, num_layers):
         found = f"{type(cache).__name__} with {len(layers)} layers" + (f" of type {foreign[0]}" if foreign else "")
         raise ValueError(
             f"past_key_values is a {found}{', already filled' if filled else ''}; pass an empty DynamicCache() or StaticCache, or one"
-            f" that this model has filled ({len(patterns)} layers)"
+            f" that this model has filled ({num_layers} layers)"
         )
     reserve = max((layer.max_cache_len for layer in layers if isinstance(layer, StaticLayer)), default=0)
     recording = any(getattr(layer, "record_past", False) for layer in layers)
-    cache.layers = [PatternLayer(pattern, recording) for pattern in patterns]
+    cache.layers = [make_layer(layer_idx, recording) for layer_idx in range(num_layers)]
     for layer in cache.layers:
         layer.reserve = 0 if layer.is_sliding else reserve

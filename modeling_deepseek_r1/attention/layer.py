@@ -10,21 +10,28 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .gate import DeepseekR1Router
 from .norm import DeepseekR1RMSNorm
-from .pattern import AttentionLayout, AttentionPattern
+from .pattern import AttentionLayout, AttentionPattern, remote_keys
 from .ragged import document_attention, ragged_attention
-from .reference import attention_reference, visible_to_layout
+from .reference import attention_reference, key_layout, visible_to_layout
 from .rotary import rotate
+from .routed import Routing, routed_step
 
 OWN_IMPLEMENTATIONS = ("eager", "sdpa")
+MAX_STEPS = 16
+"""Up to this many new tokens, a routed layer looks them up one by one in the lists of its cache."""
 
 
 def layer_pattern(config, layer_idx: int) -> AttentionPattern:
     """The pattern of one layer from the model's configuration."""
     if config.layer_types[layer_idx] == "full_attention":
         return AttentionPattern()
-    layer = config.per_layer_config[layer_idx]
-    return AttentionPattern(layer.sliding_window, (layer.sparse_attention or {}).get("num_sink_tokens", 0))
+    sparse = config.sparse_attention_of(layer_idx)
+    limits = (sparse.num_sink_tokens,) if sparse is not None else ()
+    if config.layer_types[layer_idx] == "local_routed_attention":
+        limits = (sparse.num_sink_tokens, sparse.routed_clusters, sparse.routed_tokens)
+    return AttentionPattern(config.per_layer_config[layer_idx].sliding_window, *limits)
 
 
 class DeepseekR1Attention(nn.Module):
@@ -54,6 +61,11 @@ class DeepseekR1Attention(nn.Module):
         self.o_proj = nn.Linear(layer.num_attention_heads * self.head_dim, hidden, bias=layer.attention_out_bias)
         self.q_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
         self.k_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
+        self.router = None
+        if self.pattern.routed_clusters:
+            sparse = config.sparse_attention_of(layer_idx)
+            sizes = layer.num_attention_heads, layer.num_key_value_heads, self.head_dim
+            self.router = DeepseekR1Router(hidden, *sizes, sparse.num_clusters, sparse.routed_clusters)
 
     def forward(
         self,
@@ -74,35 +86,60 @@ class DeepseekR1Attention(nn.Module):
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
+        routing = self.router(hidden_states, query, key) if self.router is not None else None
         if self.uses_rotary:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if layout is None:
             output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
         else:
-            output, weights = self._own_attention(query, key, value, layout, past_key_values)
+            output, weights = self._own_attention(query, key, value, layout, past_key_values, routing)
             output = output.transpose(1, 2)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _own_attention(self, query, key, value, layout, past_key_values):
-        positions, documents = layout.positions, layout.documents
+    def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | None):
+        positions, documents, held = layout.positions, layout.documents, None
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, layout=layout)
+            new = {"clusters": routing.key_clusters} if routing is not None else {}
+            key, value = past_key_values.update(key, value, self.layer_idx, layout=layout, **new)
             held = past_key_values.layers[self.layer_idx]
             positions, documents = held.key_positions, held.key_documents
+            if routing is not None:
+                routing = routing._replace(key_clusters=held.clusters.squeeze(-1).long())
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "eager" or dropout:
             # The fused kernels have no dropout; the reference does, at the price of its n x n weights.
-            visible = visible_to_layout(layout, self.pattern, key.shape[2], positions, documents, query.device)
+            return self._reference(query, key, value, layout, positions, documents, routing, dropout)
+        if not layout.is_regular:
+            return ragged_attention(query, key, value, self.pattern, self.scaling, layout, positions, documents, routing), None
+        seq_len = layout.past + layout.num_queries
+        if routing is not None and layout.past and layout.num_queries <= MAX_STEPS and not torch.is_grad_enabled():
+            return self._routed_steps(query, key, value, held, routing, layout.past), None
+        return document_attention(query, key, value, self.pattern, self.scaling, seq_len, routing), None
+
+    def _routed_steps(self, query, key, value, held, routing: Routing, past: int) -> torch.Tensor:
+        outputs = []
+        for step in range(query.shape[2]):
+            one, stop = slice(step, step + 1), past + step + 1
+            remote = held.recent(routing.query_clusters[:, :, step], stop - 1)
+            states = query[:, :, one], key[:, :, :stop], value[:, :, :stop]
+            outputs.append(routed_step(*states, *remote, routing.log_gate[:, :, one], self.pattern, self.scaling))
+        return torch.cat(outputs, 2)
+
+    def _reference(self, query, key, value, layout, positions, documents, routing: Routing | None, dropout: float):
+        visible = visible_to_layout(layout, self.pattern, key.shape[2], positions, documents, query.device)
+        if routing is None:
             return attention_reference(query, key, value, visible, self.scaling, dropout)
+        places = (layout.positions, positions, layout.documents, documents)
         if layout.is_regular:
-            seq_len = layout.past + layout.num_queries
-            return document_attention(query, key, value, self.pattern, self.scaling, seq_len), None
-        return ragged_attention(query, key, value, self.pattern, self.scaling, layout, positions, documents), None
+            places = key_layout(layout, self.pattern, key.shape[2], query.device)
+        remote = remote_keys(self.pattern, routing.query_clusters, routing.key_clusters, *places)
+        return attention_reference(query, key, value, visible, self.scaling, dropout, remote, routing.log_gate)
 
     def _engine_attention(self, query, key, value, attention_mask, **kwargs):
-        if self.pattern.num_sink_tokens:
+        if self.pattern.num_sink_tokens or self.router is not None:
+            what = "is routed" if self.router is not None else f"has {self.pattern.num_sink_tokens} sink tokens"
             raise ValueError(
-                f"layer {self.layer_idx} has {self.pattern.num_sink_tokens} sink tokens, which attention implementation"
+                f"layer {self.layer_idx} {what}, which attention implementation"
                 f" {self.config._attn_implementation!r} does not know; it serves full_attention and plain sliding_attention layers"
             )
         implementation = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]

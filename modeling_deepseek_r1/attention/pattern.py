@@ -6,6 +6,8 @@ keys are those of the same document at positions
 
     full layer:   j <= i
     local layer:  i - W < j <= i   or   j < min(S, i + 1)
+    routed layer: those of the local layer; and, in each of the query's clusters, the most recent `routed_tokens` keys with
+                  S <= j <= i - W, under a gate (`routed.py`)
 
 The window is that of Mistral (https://arxiv.org/abs/2310.06825), the sink tokens those of StreamingLLM
 (https://arxiv.org/abs/2309.17453). With W at least the length of the document both rows are the same.
@@ -26,15 +28,21 @@ class AttentionPattern:
     Attributes:
         window: number of tokens seen, the current one included; None = all earlier ones.
         num_sink_tokens: the first tokens of the document that stay visible beside the window.
+        routed_clusters: clusters that a query looks into besides; 0 = none.
+        routed_tokens: the most recent keys that it sees in each.
     """
 
     window: int | None = None
     num_sink_tokens: int = 0
+    routed_clusters: int = 0
+    routed_tokens: int = 0
 
     @property
     def capacity(self) -> int | None:
         """Keys that later tokens can still see, per sequence; None where that grows without bound."""
-        return None if self.window is None else self.num_sink_tokens + self.window - 1
+        if self.window is None or self.routed_clusters:
+            return None
+        return self.num_sink_tokens + self.window - 1
 
     def kept(self, key_positions: torch.Tensor, next_positions: torch.Tensor) -> torch.Tensor:
         """Which keys the tokens from `next_positions` on can still see.
@@ -47,7 +55,7 @@ class AttentionPattern:
             `[B, K]` bool.
         """
         kept = key_positions >= 0
-        if self.window is not None:
+        if self.capacity is not None:
             in_window = key_positions > next_positions - self.window
             kept = kept & (in_window | (key_positions < self.num_sink_tokens))
         return kept
@@ -77,6 +85,37 @@ def visible_keys(
     if query_documents is not None:
         visible &= query_documents[:, :, None] == key_documents[:, None, :]
     return visible | (query < 0)
+
+
+def remote_keys(
+    pattern: AttentionPattern,
+    query_clusters: torch.Tensor,
+    key_clusters: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The remote set of a routed layer as a mask, disjoint from `visible_keys`.
+
+    Args:
+        query_clusters: `[B, H, Q, R]`; key_clusters: `[B, G, K]`; the others as in `visible_keys`. The keys of a document are in
+            the order of their positions.
+
+    Returns:
+        `[B, H, Q, K]` bool.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    far = (key >= pattern.num_sink_tokens) & (key <= query - pattern.window)
+    if query_documents is not None:
+        far &= query_documents[:, :, None] == key_documents[:, None, :]
+    keys = key_clusters.repeat_interleave(query_clusters.shape[1] // key_clusters.shape[1], 1)[:, :, None]
+    remote = torch.zeros((), dtype=torch.bool, device=keys.device)
+    for choice in query_clusters.unbind(-1):
+        member = far[:, None] & (keys == choice[..., None])
+        age = member.flip(-1).cumsum(-1).flip(-1)
+        remote = remote | (member & (age <= pattern.routed_tokens))
+    return remote
 
 
 @dataclass

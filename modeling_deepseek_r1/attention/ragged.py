@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention, full_plan, local_plan
-from .pattern import AttentionLayout, AttentionPattern, RowGroup, visible_keys
+from .pattern import AttentionLayout, AttentionPattern, RowGroup, remote_keys, visible_keys
+from .routed import Routing, routed_attention
 
 MASKED_QUERIES = 16
 """Up to this many new tokens a mask `[B, Q, K]` is built instead of cutting the batch into documents."""
 
 
 def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: AttentionPattern, scale: float, seq_len: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    scale: float,
+    seq_len: int,
+    routing: Routing | None = None,
 ) -> torch.Tensor:
     """Attention of the last tokens of one document, equal in all rows of the batch.
 
@@ -24,11 +31,14 @@ def document_attention(
         query: `[B, H, Q, D]`, the positions `seq_len - Q ... seq_len - 1`.
         key, value: `[B, G, K, D]`, the first tokens of the document followed by its last ones.
         seq_len: tokens of the document so far.
+        routing: clusters and gate of a routed layer, which holds all keys.
 
     Returns:
         `[B, H, Q, D]`.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if routing is not None and seq_len > pattern.window + pattern.num_sink_tokens:
+        return routed_attention(query, key, value, routing, pattern, scale)
     if num_queries == 1 and (pattern.capacity is None or num_keys <= pattern.capacity + 1):
         # Whatever the cache has kept is visible to the next token.
         return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
@@ -50,6 +60,7 @@ def ragged_attention(
     layout: AttentionLayout,
     key_positions: torch.Tensor,
     key_documents: torch.Tensor | None,
+    routing: Routing | None = None,
 ) -> torch.Tensor:
     """Attention over an irregular layout.
 
@@ -58,6 +69,7 @@ def ragged_attention(
         key, value: `[B, G, K, D]`: the cached keys followed by the Q new ones.
         key_positions: `[B, K]`, -1 = not a key.
         key_documents: `[B, K]` or None.
+        routing: clusters and gate of a routed layer.
 
     Returns:
         `[B, H, Q, D]`; rows of padding are finite and mean nothing.
@@ -67,43 +79,62 @@ def ragged_attention(
         if mask is None:
             mask = visible_keys(pattern, layout.positions, key_positions, layout.documents, key_documents)[:, None]
             layout.masks[pattern] = mask
+        if routing is not None:
+            positions = layout.positions, key_positions, layout.documents, key_documents
+            remote = remote_keys(pattern, routing.query_clusters, routing.key_clusters, *positions)
+            hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+            mask = torch.where(remote, routing.log_gate.to(query.dtype)[..., None], torch.where(mask, 0.0, hidden))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     groups = layout.row_groups
     if len(groups) == 1:
-        return _group_attention(query, key, value, pattern, scale, groups[0], key_positions)
+        return _group_attention(query, key, value, pattern, scale, groups[0], key_positions, routing)
     outputs = []
     for group in groups:
         rows = torch.tensor(group.rows, device=query.device)
         selected = (x.index_select(0, rows) for x in (query, key, value))
-        outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows]))
+        own = routing and Routing(*(x.index_select(0, rows) for x in routing))
+        outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows], own))
     order = torch.tensor([row for group in groups for row in group.rows], device=query.device)
     return torch.cat(outputs).index_select(0, order.argsort())
 
 
-def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_positions):
+def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_positions, routing):
     num_queries = query.shape[2]
     num_cached = key.shape[2] - num_queries
     lengths = [length for _, length in group.runs]
     # `split` has one backward for all pieces; slicing would make a full-size gradient for each.
     queries = query.split(lengths, 2)
     keys, values = (x[:, :, num_cached:].split(lengths, 2) for x in (key, value))
+    clusters = routing and (
+        routing.query_clusters.split(lengths, 2),
+        routing.key_clusters[:, :, num_cached:].split(lengths, 2),
+        routing.log_gate.split(lengths, 2),
+    )
     pieces: dict[int, list[int]] = {}
     for number, (document, _) in enumerate(group.runs):
         if document is not None:
             pieces.setdefault(document, []).append(number)
     outputs = [torch.zeros_like(piece) for piece in queries]
     for document, numbers in pieces.items():
-        own = [torch.cat([x[n] for n in numbers], 2) if len(numbers) > 1 else x[numbers[0]] for x in (queries, keys, values)]
+        own = [_joined(x, numbers) for x in (queries, keys, values)]
+        own_routing = routing and Routing(*(_joined(x, numbers) for x in clusters))
         seq_len = own[0].shape[2]
         if document == group.current_document and num_cached and group.past_length:
             seq_len += group.past_length
             own[1:] = [
                 torch.cat((_cached(x, key_positions, num_cached), y), 2) for x, y in zip((key, value), own[1:], strict=True)
             ]
-        result = document_attention(*own, pattern, scale, seq_len)
+            if routing is not None:
+                held = _cached(routing.key_clusters.unsqueeze(-1), key_positions, num_cached).squeeze(-1)
+                own_routing = own_routing._replace(key_clusters=torch.cat((held, own_routing.key_clusters), 2))
+        result = document_attention(*own, pattern, scale, seq_len, own_routing)
         for number, piece in zip(numbers, result.split([lengths[n] for n in numbers], 2), strict=True):
             outputs[number] = piece
     return torch.cat(outputs, 2)
+
+
+def _joined(pieces: tuple[torch.Tensor, ...], numbers: list[int]) -> torch.Tensor:
+    return torch.cat([pieces[n] for n in numbers], 2) if len(numbers) > 1 else pieces[numbers[0]]
 
 
 def _cached(states: torch.Tensor, key_positions: torch.Tensor, num_cached: int) -> torch.Tensor:

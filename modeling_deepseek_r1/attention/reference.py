@@ -12,14 +12,18 @@ def attention_reference(
     visible: torch.Tensor,
     scale: float,
     dropout: float = 0.0,
+    remote: torch.Tensor | None = None,
+    log_gate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over the visible keys.
+    """Softmax attention over the visible keys, and over remote ones under a gate.
 
     Args:
         query: `[B, H, Q, D]`.
         key, value: `[B, G, K, D]`, G dividing H.
         visible: `[B, Q, K]` bool.
         dropout: probability of dropping an attention weight; 0 outside of training.
+        remote: `[B, H, Q, K]` bool, disjoint from `visible`.
+        log_gate: `[B, H, Q]`, added to the remote scores.
 
     Returns:
         The output `[B, H, Q, D]` and the weights `[B, H, Q, K]`, in the query's dtype.
@@ -27,7 +31,11 @@ def attention_reference(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(2, 3) * scale).float()
-    weights = scores.masked_fill(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1).to(query.dtype)
+    visible = visible[:, None]
+    if remote is not None:
+        scores = torch.where(remote, scores + log_gate[..., None], scores)
+        visible = visible | remote
+    weights = scores.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
     return weights @ value, weights
 

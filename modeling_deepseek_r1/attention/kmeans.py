@@ -1,0 +1,85 @@
+"""Spherical k-means over keys, and which clusters a key belongs to and a query looks into.
+
+Centroids are unit vectors per key/value head. A key belongs to the centroid with the largest dot product, a query looks into
+the `count` largest (ties to the lower number); both enter before rotation, so that a key's cluster does not depend on where it
+stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
+sees never depends on later ones.)
+
+Shapes: B batch, H query heads, G key/value heads, C clusters, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+ASSIGNED_AT_ONCE = 512
+"""Keys or queries per head whose products with the centroids are held at once."""
+
+
+def assign_keys(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Cluster of each key: `[B, G, K]` int64 for keys `[B, G, K, D]` and centroids `[G, C, D]`; computed in float32."""
+    wide = centroids.float().transpose(1, 2)
+    return torch.cat([(part.float() @ wide).argmax(-1) for part in keys.split(ASSIGNED_AT_ONCE, 2)], 2)
+
+
+def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+    """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]`."""
+    groups = centroids.shape[0]
+    wide = centroids.float().transpose(1, 2)[:, None]
+    chosen = []
+    for part in queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3):
+        products = part.float() @ wide
+        best = [products.argmax(-1, keepdim=True)]
+        for _ in range(count - 1):
+            products.scatter_(-1, best[-1], float("-inf"))
+            best.append(products.argmax(-1, keepdim=True))
+        chosen.append(torch.cat(best, -1))
+    return torch.cat(chosen, 3).flatten(1, 2)
+
+
+def fit_centroids(keys: torch.Tensor, num_clusters: int, *, iterations: int = 12, seed: int = 0) -> torch.Tensor:
+    """Spherical k-means.
+
+    Args:
+        keys: `[G, N, D]`, of any length; directions count.
+        num_clusters: C.
+        iterations: of assignment and mean.
+        seed: of the first centroids, which are keys drawn at random.
+
+    Returns:
+        `[G, C, D]` float32 unit vectors. A cluster that loses all its keys starts anew at the key that fits its own worst.
+
+    Raises:
+        ValueError: fewer keys than clusters.
+    """
+    if keys.shape[1] < num_clusters:
+        raise ValueError(
+            f"{keys.shape[1]} keys cannot make {num_clusters} clusters; give a longer text or ask for fewer clusters"
+        )
+    keys = F.normalize(keys.float(), dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randperm(keys.shape[1], generator=generator)[:num_clusters].to(keys.device)
+    centroids = keys[:, start].clone()
+    for _ in range(iterations):
+        sums, counts, fit = cluster_sums(keys, centroids)
+        moved = F.normalize(sums, dim=-1)
+        for group, cluster in (counts == 0).nonzero().tolist():
+            worst = fit[group].argmin()
+            moved[group, cluster] = keys[group, worst]
+            fit[group, worst] = float("inf")
+        centroids = moved
+    return centroids
+
+
+def cluster_sums(keys: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of the unit keys `[G, N, D]` by cluster.
+
+    Returns:
+        Sums `[G, C, D]`, numbers of keys `[G, C]`, and each key's cosine with its centroid `[G, N]`.
+    """
+    sums, counts, fits = torch.zeros_like(centroids), centroids.new_zeros(centroids.shape[:2]), []
+    for part in keys.split(ASSIGNED_AT_ONCE, 1):
+        fit, cluster = (part @ centroids.transpose(1, 2)).max(-1)
+        sums.scatter_add_(1, cluster[..., None].expand_as(part), part)
+        counts.scatter_add_(1, cluster, torch.ones_like(fit))
+        fits.append(fit)
+    return sums, counts, torch.cat(fits, 1)

@@ -1,0 +1,244 @@
+"""Routed attention: a query sees its window, the sink tokens, and the most recent keys of its clusters, under a gate.
+
+One softmax over the local set L and the remote set R of a query, the remote logits raised by log g; equivalently, with outputs
+o and log-sum-exps l of the two parts,
+
+    l = log(exp(l_L) + g exp(l_R))      o = exp(l_L - l) o_L + g exp(l_R - l) o_R
+
+The remote set of a query at position i: in each cluster that it looks into, the most recent `routed_tokens` keys at positions
+num_sink_tokens <= j <= i - window.
+
+How it is computed without touching n x n pairs: keys are sorted by (cluster, position), and so are the (query, chosen cluster)
+pairs. The keys of a pair are then a contiguous band that ends at the last key of the cluster not later than i - window, the
+bands of neighbouring pairs overlap, and a block of pairs meets one short strip of keys. An empty band contributes exactly
+nothing, forward and backward.
+
+Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, R chosen clusters, D head size, P pairs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .blockwise import local_plan, run_plan, run_plan_backward
+from .kernels import attend, attend_backward
+from .pattern import AttentionPattern
+
+PAIR_BLOCK = 64
+"""Pairs per block."""
+MAX_BATCH_SCORES = 2**18
+"""Scores of the blocks that are multiplied together."""
+
+
+class Routing(NamedTuple):
+    """What a routed layer knows about its queries and keys.
+
+    Attributes:
+        query_clusters: `[B, H, Q, R]`.
+        key_clusters: `[B, G, K]`.
+        log_gate: `[B, H, Q]` float32.
+    """
+
+    query_clusters: torch.Tensor
+    key_clusters: torch.Tensor
+    log_gate: torch.Tensor
+
+
+@dataclass
+class PairBatch:
+    """Blocks of pairs with strips of nearly equal length.
+
+    Attributes:
+        pairs: `[N, PAIR_BLOCK]` numbers of the pairs, as (batch, head, query, choice) in row-major order; the last of a block
+            may repeat, see `real`.
+        real: `[N, PAIR_BLOCK]` bool.
+        keys: `[N, S]` numbers of the keys, as (batch, key/value head, key) in row-major order.
+        mask: `[N, 1, PAIR_BLOCK, S]` additive.
+    """
+
+    pairs: torch.Tensor
+    real: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
+
+
+def plan_pairs(routing: Routing, pattern: AttentionPattern, dtype: torch.dtype) -> list[PairBatch]:
+    """Sorts keys and pairs as described above. The queries are the last Q of the K positions."""
+    query_clusters, key_clusters = routing.query_clusters, routing.key_clusters
+    batch, heads, queries, choices = query_clusters.shape
+    groups, length = key_clusters.shape[1:]
+    device, rows = key_clusters.device, batch * groups
+    span = length + 1
+    positions = torch.arange(length, device=device)
+    # Sink tokens belong to no cluster: they come before all others.
+    clusters = torch.where(positions < pattern.num_sink_tokens, -1, key_clusters.view(rows, length))
+    codes, order = ((clusters + 1) * span + positions).sort(-1)
+    wanted = (query_clusters.reshape(rows, -1) + 1) * span
+    last = (positions[length - queries :] - pattern.window).repeat_interleave(choices).repeat(heads // groups)
+    first = torch.searchsorted(codes, wanted)
+    stop = torch.maximum(torch.searchsorted(codes, wanted + last, right=True), first)
+    start = torch.maximum(stop - pattern.routed_tokens, first)
+    # Sorting by (row, cluster, position); empty bands go.
+    row = torch.arange(rows, device=device)[:, None]
+    key = (row * (int(codes.max()) + span + 1) + wanted + last.clamp(min=0)).flatten()
+    filled = (stop > start).flatten().nonzero().flatten()
+    if not len(filled):
+        return []
+    pairs = filled[key[filled].argsort(stable=True)]
+    cluster = (row * (int(codes.max()) + span + 1) + wanted).flatten()[pairs]
+    offsets = (row * length).expand_as(start).flatten()[pairs]
+    start, stop = start.flatten()[pairs] + offsets, stop.flatten()[pairs] + offsets
+    return _blocks(pairs, cluster, start, stop, (order + row * length).flatten(), dtype)
+
+
+def _blocks(pairs, cluster, start, stop, order, dtype) -> list[PairBatch]:
+    """Cuts the sorted pairs into blocks of one cluster each, and sorts the blocks by the length of their strips."""
+    device, total = pairs.device, len(pairs)
+    number = torch.arange(total, device=device)
+    begins = torch.ones(total, dtype=torch.bool, device=device)
+    begins[1:] = cluster[1:] != cluster[:-1]
+    since = number - torch.where(begins, number, 0).cummax(0).values
+    heads = (since % PAIR_BLOCK == 0).nonzero().flatten()
+    lengths = torch.diff(heads, append=heads.new_tensor([total]))
+    low = start[heads]
+    strips = stop[heads + lengths - 1] - low
+    by_strip = strips.argsort(descending=True)
+    heads, lengths, low, strips = heads[by_strip], lengths[by_strip], low[by_strip], strips[by_strip]
+    within = torch.arange(PAIR_BLOCK, device=device)
+    batches, at, longest = [], 0, strips.tolist()
+    while at < len(longest):
+        strip = longest[at]
+        until = min(len(longest), at + max(1, MAX_BATCH_SCORES // (PAIR_BLOCK * strip)))
+        chosen = slice(at, until)
+        real = within < lengths[chosen, None]
+        index = heads[chosen, None] + torch.where(real, within, 0)
+        column = low[chosen, None] + torch.arange(strip, device=device)
+        seen = (column[:, None] >= start[index][..., None]) & (column[:, None] < stop[index][..., None])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        batches.append(PairBatch(pairs[index], real, order[column.clamp(max=len(order) - 1)], mask[:, None]))
+        at = until
+    return batches
+
+
+class _RoutedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, log_gate, local, batches, choices, scale):
+        output, total = run_plan(query, key, value, local, scale)
+        remote, remote_sum = _run_pairs(query, key, value, batches, choices, scale)
+        raised = remote_sum + log_gate
+        merged = torch.logaddexp(total, raised)
+        share = (raised - merged).exp().unsqueeze(-1)
+        output = torch.lerp(output.to(remote.dtype), remote, share).to(query.dtype)
+        ctx.save_for_backward(query, key, value, log_gate, output, merged, remote, share)
+        ctx.plans = local, batches, choices, scale
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, log_gate, output, merged, remote, share = ctx.saved_tensors
+        local, batches, choices, scale = ctx.plans
+        grads = run_plan_backward(grad, query, key, value, output, merged, local, scale)
+        _run_pairs_backward(grads, grad, query, key, value, output, merged - log_gate, batches, choices, scale)
+        grad_gate = ((remote - output) * grad).sum(-1) * share.squeeze(-1)
+        casts = (x.to(y.dtype) for x, y in zip(grads, (query, key, value), strict=True))
+        return *casts, grad_gate.to(log_gate.dtype), None, None, None, None
+
+
+def routed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    routing: Routing,
+    pattern: AttentionPattern,
+    scale: float,
+) -> torch.Tensor:
+    """Routed attention of the last Q tokens of one document, all of whose K keys are given.
+
+    Args:
+        query: `[B, H, Q, D]` after rotation. key, value: `[B, G, K, D]`.
+        routing: clusters and gate.
+
+    Returns:
+        `[B, H, Q, D]`.
+    """
+    length = key.shape[2]
+    local = local_plan(pattern, query.shape[2], length, length, query.dtype, query.device)
+    batches = plan_pairs(routing, pattern, query.dtype)
+    choices = routing.query_clusters.shape[-1]
+    return _RoutedAttention.apply(query, key, value, routing.log_gate, local, batches, choices, scale)
+
+
+def _run_pairs(query, key, value, batches, choices, scale):
+    """The remote part: `[B, H, Q, D]` float32 and its log-sum-exp `[B, H, Q]`, 0 and -inf where it is empty."""
+    rows, size = query.shape[0] * query.shape[1] * query.shape[2], query.shape[3]
+    # One row more than there are pairs takes what the last blocks have repeated.
+    spare = rows * choices
+    outputs = query.new_zeros(spare + 1, size)
+    sums = torch.full((spare + 1,), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    flat = [x.reshape(-1, size) for x in (query, key, value)]
+    for batch in batches:
+        strips = flat[1][batch.keys].unsqueeze(1), flat[2][batch.keys].unsqueeze(1)
+        part, part_sum = attend(flat[0][batch.pairs // choices].unsqueeze(1), *strips, scale, batch.mask)
+        target = batch.pairs.masked_fill(~batch.real, spare).flatten()
+        outputs.index_copy_(0, target, part.flatten(0, 2))
+        sums.index_copy_(0, target, part_sum.flatten().to(sums.dtype))
+    sums, outputs = sums[:spare].view(rows, choices), outputs[:spare].view(rows, choices, size)
+    total = sums.logsumexp(-1)
+    shares = (sums - total.masked_fill(total.isinf(), 0.0).unsqueeze(-1)).exp()
+    remote = (shares.unsqueeze(-1) * outputs).sum(1)
+    return remote.view(query.shape), total.view(query.shape[:3])
+
+
+def _run_pairs_backward(grads, grad, query, key, value, output, merged, batches, choices, scale) -> None:
+    """Adds the remote part's gradients to `grads`, float32 tensors in the shapes of query, key and value."""
+    size = query.shape[3]
+    flat = [x.reshape(-1, size) for x in (query, key, value, grad, output)]
+    sums = merged.reshape(-1)
+    targets = [x.view(-1, size) for x in grads]
+    for batch in batches:
+        rows = batch.pairs // choices
+        # A repeated pair at the end of a block must not count twice: with an infinite log-sum-exp its weights are zero.
+        row_sums = sums[rows].masked_fill(~batch.real, float("inf"))
+        shares = attend_backward(
+            *(flat[i][rows].unsqueeze(1) for i in (3, 0)), *(flat[i][batch.keys].unsqueeze(1) for i in (1, 2)),
+            flat[4][rows].unsqueeze(1), row_sums.unsqueeze(1), scale, batch.mask,
+        )  # fmt: skip
+        targets[0].index_add_(0, rows.flatten(), shares[0].flatten(0, 2).to(targets[0].dtype))
+        for target, share in zip(targets[1:], shares[1:], strict=True):
+            target.index_add_(0, batch.keys.flatten(), share.flatten(0, 2).to(target.dtype))
+
+
+def routed_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: torch.Tensor,
+    found: torch.Tensor,
+    log_gate: torch.Tensor,
+    pattern: AttentionPattern,
+    scale: float,
+) -> torch.Tensor:
+    """Routed attention of the last token of one document, without gradients; its cost does not depend on K.
+
+    Args:
+        query: `[B, H, 1, D]`. key, value: `[B, G, K, D]`.
+        index: `[B, H, N]` remote keys of each query head; found: `[B, H, N]` bool, which of them count.
+        log_gate: `[B, H, 1]`.
+    """
+    length, near = key.shape[2], pattern.num_sink_tokens + pattern.window
+    ends = [key, value]
+    if length > near:
+        ends = [torch.cat((x[:, :, : pattern.num_sink_tokens], x[:, :, length - pattern.window :]), 2) for x in ends]
+    local = attend(query, *ends, scale)
+    if not index.shape[2]:
+        return local[0]
+    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
+    groups = torch.arange(query.shape[1], device=key.device)[None, :, None] // (query.shape[1] // key.shape[1])
+    empty = ~found.any(-1, keepdim=True)
+    mask = torch.zeros(found.shape, dtype=query.dtype, device=key.device).masked_fill_(~(found | empty), float("-inf"))
+    remote, remote_sum = attend(query, key[rows, groups, index], value[rows, groups, index], scale, mask.unsqueeze(2))
+    raised = (remote_sum + log_gate).masked_fill(empty, float("-inf"))
+    share = (raised - torch.logaddexp(local[1], raised)).exp().unsqueeze(-1)
+    return torch.lerp(local[0].to(share.dtype), remote.to(share.dtype), share).to(query.dtype)
