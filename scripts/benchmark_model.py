@@ -17,6 +17,8 @@ VARIANTS = {
     "window 512": {"layer_types": "S", "sliding_window": 512},
     "window 512 + 32 sinks": {"layer_types": "S", "sliding_window": 512, "num_sink_tokens": 32},
     "balanced (half full)": {"preset": "balanced"},
+    "routed": {"layer_types": "R", "sliding_window": 512, "num_sink_tokens": 32},
+    "half routed, half full": {"layer_types": "RF", "sliding_window": 512, "num_sink_tokens": 32},
 }
 MODELS = Path(".cache/benchmark")
 
@@ -52,12 +54,12 @@ def main() -> None:
     args, more = parser.parse_known_args()
     if args.what == "quality":
         lengths = args.lengths or ["1024", "4096"]
-        tasks = ["--tasks", "perplexity", "retrieval", "--windows", "4", "--questions", "4", "--depths", "0.1", "0.5", "0.9"]
+        tasks = ["--tasks", "perplexity", "retrieval", "--windows", "2", "--questions", "4", "--depths", "0.1", "0.5", "0.9"]
         evaluate(list(VARIANTS), args.folder / "smollm2_quality", *tasks, "--lengths", *lengths, *more)
     else:
         lengths = args.lengths or ["1024", "16384"]
         tasks = ["--tasks", "speed", "memory", "--repeats", "1", "--dtype", args.dtype]
-        labels = list(VARIANTS)[1:]
+        labels = ["window 512 + 32 sinks", "balanced (half full)"]
         evaluate(labels, args.folder / f"smollm2_cost_{args.dtype}", *tasks, "--lengths", *lengths, *more)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kmeans import assign_keys, choose_clusters
+from .kmeans import assign_keys, choose_clusters, cluster_sums
 from .routed import Routing
 
 
@@ -21,6 +21,9 @@ class DeepseekR1Router(nn.Module):
         hidden_size: width of x.
         num_heads, num_key_value_heads, head_dim: of the attention.
         num_clusters, routed_clusters: centroids per key/value head, and how many of them a query looks into.
+
+    Attributes:
+        gathers_statistics: whether a training forward adds its keys to `statistics`, for `move_centroids`.
     """
 
     def __init__(
@@ -31,6 +34,19 @@ class DeepseekR1Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.register_buffer("centroids", torch.zeros(num_key_value_heads, num_clusters, head_dim, dtype=torch.float32))
+        self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.gathers_statistics = False
+
+    def _apply(self, fn, recurse: bool = True):
+        # Stays float32 where a whole model is cast, without having been rounded in between.
+        exact = {name: tensor for name, tensor in [*self._parameters.items(), *self._buffers.items()]}
+        exact = {name: tensor.data for name, tensor in exact.items()}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            own = getattr(self, name)
+            if own.dtype != tensor.dtype:
+                own.data = tensor.to(own.device)
+        return self
 
     def forward(self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Routing:
         """Routing for the layer's input `[B, n, hidden]`, and queries `[B, H, n, D]` and keys `[B, G, n, D]` before rotation."""
@@ -39,4 +55,30 @@ class DeepseekR1Router(nn.Module):
             log_gate = math.log(2.0) + F.logsigmoid(scores).transpose(1, 2)
             with torch.no_grad():
                 clusters = choose_clusters(query, self.centroids, self.routed_clusters), assign_keys(key, self.centroids)
+                # Activation checkpointing runs the layer again inside the backward pass; those keys have been counted.
+                if self.gathers_statistics and self.training and torch._C._current_graph_task_id() == -1:
+                    self._gather(key)
         return Routing(*clusters, log_gate)
+
+    def _gather(self, key: torch.Tensor) -> None:
+        keys = F.normalize(key.detach().float().transpose(0, 1).flatten(1, 2), dim=-1)
+        sums, counts, _ = cluster_sums(keys, self.centroids)
+        if self.statistics is not None:
+            sums, counts = sums + self.statistics[0], counts + self.statistics[1]
+        self.statistics = sums, counts
+
+    def move_centroids(self, decay: float, reduce=None) -> None:
+        """Moves the centroids towards the mean direction of the keys gathered since the last call, and forgets those.
+
+        Args:
+            decay: share of the old centroid; clusters without keys stay where they are.
+            reduce: adds a tensor up over all ranks, in place.
+        """
+        if self.statistics is None:
+            return
+        sums, counts = self.statistics
+        self.statistics = None
+        for tensor in (sums, counts) if reduce is not None else ():
+            reduce(tensor)
+        moved = F.normalize(decay * self.centroids + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
+        self.centroids.copy_(torch.where(counts[..., None] > 0, moved, self.centroids))

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 ASSIGNED_AT_ONCE = 512
 """Keys or queries per head whose products with the centroids are held at once."""
 
+SEED_KEYS = 4096
+"""Keys per head among which the first centroids are chosen."""
+
 
 def assign_keys(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Cluster of each key: `[B, G, K]` int64 for keys `[B, G, K, D]` and centroids `[G, C, D]`; computed in float32."""
@@ -43,7 +46,8 @@ def fit_centroids(keys: torch.Tensor, num_clusters: int, *, iterations: int = 12
         keys: `[G, N, D]`, of any length; directions count.
         num_clusters: C.
         iterations: of assignment and mean.
-        seed: of the first centroids, which are keys drawn at random.
+        seed: of the first centroids, which are keys drawn one after the other, rather from where no centroid is near
+            (k-means++, Arthur and Vassilvitskii 2007).
 
     Returns:
         `[G, C, D]` float32 unit vectors. A cluster that loses all its keys starts anew at the key that fits its own worst.
@@ -56,9 +60,7 @@ def fit_centroids(keys: torch.Tensor, num_clusters: int, *, iterations: int = 12
             f"{keys.shape[1]} keys cannot make {num_clusters} clusters; give a longer text or ask for fewer clusters"
         )
     keys = F.normalize(keys.float(), dim=-1)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randperm(keys.shape[1], generator=generator)[:num_clusters].to(keys.device)
-    centroids = keys[:, start].clone()
+    centroids = _first_centroids(keys, num_clusters, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
         sums, counts, fit = cluster_sums(keys, centroids)
         moved = F.normalize(sums, dim=-1)
@@ -68,6 +70,19 @@ def fit_centroids(keys: torch.Tensor, num_clusters: int, *, iterations: int = 12
             fit[group, worst] = float("inf")
         centroids = moved
     return centroids
+
+
+def _first_centroids(keys: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
+    sample = keys[:, torch.randperm(keys.shape[1], generator=generator)[: max(SEED_KEYS, num_clusters)].to(keys.device)]
+    groups = torch.arange(keys.shape[0], device=keys.device)
+    chosen = [sample[:, 0]]
+    nearest = torch.full(sample.shape[:2], -1.0, device=keys.device)
+    for _ in range(num_clusters - 1):
+        nearest = torch.maximum(nearest, (sample @ chosen[-1].unsqueeze(-1)).squeeze(-1))
+        # The tiny constant lets a choice be made where all keys are the same.
+        distance = (1.0 - nearest).clamp(min=0.0) + 1e-12
+        chosen.append(sample[groups, torch.multinomial(distance.cpu(), 1, generator=generator).squeeze(1).to(keys.device)])
+    return torch.stack(chosen, 1)
 
 
 def cluster_sums(keys: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

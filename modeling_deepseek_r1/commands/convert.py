@@ -5,7 +5,15 @@ import json
 
 from ..configuration.presets import LAYER_LETTERS, PRESETS
 
-PATTERN_ARGUMENTS = ("preset", "layer_types", "sliding_window", "num_sink_tokens", "gguf_file")
+PATTERN_ARGUMENTS = (
+    "preset",
+    "layer_types",
+    "sliding_window",
+    "num_sink_tokens",
+    "num_clusters",
+    "calibration",
+    "gguf_file",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pattern.add_argument(
         "--num-sink-tokens", type=int, metavar="N", help="first tokens of a document that sliding layers see besides"
+    )
+    pattern.add_argument("--num-clusters", type=int, metavar="N", help="centroids per key/value head of routed layers")
+    pattern.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts to fit the centroids of routed layers to (default: prose and code of Python's own library)",
     )
     parser.add_argument("--gguf-file", metavar="F", help="name of the GGUF file inside SOURCE")
     parser.add_argument(

@@ -5,24 +5,24 @@ against everything that the resulting model will have before the first byte is w
 """
 
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.presets import preset_fields
+from .calibrate import Calibration, fit_routers, load_plain, router_tensors
 from .families import FAMILIES, LATENT_ATTENTION, MIXTURES, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
-from .report import ConversionReport, cache_size, describe_pattern, layer_attention, name_list
+from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors
+from .report import ConversionReport, cache_size, describe_pattern, layer_attention
 from .source import GENERATION_FILE, LEGAL_FILES, TOKENIZER_FILES, FolderSource, Source, open_source
 from .tokenizer_files import (
     copy_tokenizer,
@@ -35,25 +35,6 @@ from .tokenizer_files import (
 from .write import TensorInfo, atomic_folder, check_destination, clean_leftovers, write_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """What will be written, and what of the source is left out.
-
-    Attributes:
-        tensors: name -> shape and dtype in the result.
-        skipped: name -> why the result does not need it.
-        cast: names whose dtype changes.
-        lossless: whether every such change keeps all values.
-    """
-
-    tensors: dict[str, TensorInfo]
-    skipped: dict[str, str]
-    cast: list[str]
-    lossless: bool
 
 
 def convert_checkpoint(
@@ -64,6 +45,8 @@ def convert_checkpoint(
     layer_types: list[str] | str | None = None,
     sliding_window: int | None = None,
     num_sink_tokens: int | None = None,
+    num_clusters: int | None = None,
+    calibration: str | os.PathLike | Sequence[str | os.PathLike] | Calibration | None = None,
     gguf_file: str | None = None,
     dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
@@ -84,6 +67,10 @@ def convert_checkpoint(
         layer_types: one layer type per layer, or a pattern string such as `"SSSF"` that repeats over the layers.
         sliding_window: tokens that a sliding layer sees, the current one included.
         num_sink_tokens: first tokens of a document that sliding layers see besides.
+        num_clusters: centroids per key/value head of routed layers; about one for every 128 tokens of the intended context.
+        calibration: text to which the centroids of routed layers are fitted, in one pass of the source model over it (which
+            takes the memory of that model): path or paths of UTF-8 files, or a [`Calibration`]; default: prose and code of
+            Python's standard library. A routed source keeps its centroids unless this or `num_clusters` is given.
         gguf_file: name of the GGUF file inside `source`.
         dtype: dtype of the written weights, e.g. `"bfloat16"`; default: as stored (float32 for a quantised GGUF file).
         dry_run: check and report, reading no weights and writing nothing.
@@ -103,13 +90,45 @@ def convert_checkpoint(
     origin = open_source(source, gguf_file=gguf_file, revision=revision, token=token)
     source_config = read_source_config(origin)
     plain = plain_target(source_config, weights_dtype(origin, source_config, dtype))
-    target = apply_pattern(plain, preset, layer_types, sliding_window, num_sink_tokens)
-    plan = plan_tensors(origin, target, as_dtype(dtype))
+    target = apply_pattern(plain, preset, layer_types, sliding_window, num_sink_tokens, num_clusters)
+    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=calibration is not None)
+    calibration = as_calibration(calibration)
     report = build_report(origin, plain, target, plan, (source, destination), source_config.model_type)
     if getattr(origin, "quantized", None):
         report.warnings.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
-    write_checkpoint(origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size)
+    fitted = None
+    if plan.fitted:
+        report.warnings.append(
+            f"the centroids of {len(plan.fitted) // 3} layers are fitted to {calibration.tokens:,} tokens of"
+            f" {', '.join(str(text) for text in calibration.texts)}"
+        )
+
+        def fitted() -> dict[str, torch.Tensor]:
+            model = load_plain(target, list(expected_tensors(target)), origin.read)
+            return fit_routers(model, target, source_tokenizer(origin), calibration)
+
+    write_checkpoint(origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size, fitted)
     return report
+
+
+def as_calibration(value) -> Calibration:
+    """A [`Calibration`] from what `convert_checkpoint` accepts."""
+    if value is None or isinstance(value, Calibration):
+        return value or Calibration()
+    return Calibration([value] if isinstance(value, str | os.PathLike) else list(value))
+
+
+def source_tokenizer(origin: Source):
+    """The tokenizer of a source.
+
+    Raises:
+        ValueError: it has none, which calibration cannot do without.
+    """
+    if not isinstance(origin, FolderSource):
+        return gguf_tokenizer(origin.path, origin.metadata)
+    if not find_files(origin.path, TOKENIZER_FILES):
+        raise ValueError(f"{origin.path} has no tokenizer, so no text can be read to fit centroids of routed layers")
+    return AutoTokenizer.from_pretrained(origin.path)
 
 
 def read_source_config(origin: Source) -> PreTrainedConfig:
@@ -158,6 +177,7 @@ def apply_pattern(
     layer_types: list[str] | str | None,
     sliding_window: int | None,
     num_sink_tokens: int | None,
+    num_clusters: int | None = None,
 ) -> DeepseekR1TextConfig:
     """`config` with another attention pattern, or itself where none is asked for."""
     wanted: dict[str, Any] = preset_fields(preset) if preset is not None else {}
@@ -166,8 +186,14 @@ def apply_pattern(
         wanted["layer_types"] = layer_types if isinstance(layer_types, str) else list(layer_types)
     if sliding_window is not None:
         wanted["sliding_window"] = sliding_window
-    if num_sink_tokens is not None:
-        wanted["sparse_attention"] = {**(fields.get("sparse_attention") or {}), "num_sink_tokens": num_sink_tokens}
+    sparse = {"num_sink_tokens": num_sink_tokens, "num_clusters": num_clusters}
+    sparse = {name: value for name, value in sparse.items() if value is not None}
+    if sparse:
+        wanted["sparse_attention"] = {
+            **(fields.get("sparse_attention") or {}),
+            **(wanted.get("sparse_attention") or {}),
+            **sparse,
+        }
     if not wanted:
         return config
     overrides = fields.pop("per_layer_config", None) or {}
@@ -178,70 +204,13 @@ def apply_pattern(
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
     given = [name for name, value in (("sliding_window", sliding_window), ("num_sink_tokens", num_sink_tokens)) if value]
-    if given and "sliding_attention" not in result.layer_types:
+    if given and not set(result.layer_types) - {"full_attention"}:
         raise ValueError(
-            f"{given[0]} has no effect: no layer is sliding_attention; give layer_types (such as 'SF') or a preset too"
+            f"{given[0]} has no effect: every layer is full_attention; give layer_types (such as 'SF') or a preset too"
         )
+    if num_clusters is not None and "local_routed_attention" not in result.layer_types:
+        raise ValueError("num_clusters has no effect: no layer is local_routed_attention; give layer_types (such as 'RF') too")
     return result
-
-
-def expected_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that a causal language model with `config` stores, in its order."""
-    shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
-    for layer_idx in range(config.num_hidden_layers):
-        layer = config.per_layer_config[layer_idx]
-        hidden, inner = layer.hidden_size, layer.intermediate_size
-        queries, keys = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
-        linears = {
-            "self_attn.q_proj": (queries, hidden, layer.attention_bias),
-            "self_attn.k_proj": (keys, hidden, layer.attention_bias),
-            "self_attn.v_proj": (keys, hidden, layer.attention_bias),
-            "self_attn.o_proj": (hidden, queries, layer.attention_out_bias),
-            "mlp.gate_proj": (inner, hidden, layer.mlp_bias),
-            "mlp.up_proj": (inner, hidden, layer.mlp_bias),
-            "mlp.down_proj": (hidden, inner, layer.mlp_bias),
-        }
-        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-        if layer.qk_norm == "head":
-            norms |= {"self_attn.q_norm": layer.head_dim, "self_attn.k_norm": layer.head_dim}
-        prefix = f"model.layers.{layer_idx}"
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-        shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
-    shapes["model.norm.weight"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, config.hidden_size)
-    return shapes
-
-
-def plan_tensors(origin: Source, target: DeepseekR1TextConfig, dtype: torch.dtype | None) -> TensorPlan:
-    """Compares the source's tensors with what the result needs.
-
-    Raises:
-        ValueError: tensors that are missing, unknown, or of another shape; all of them in one message.
-    """
-    expected, found = expected_tensors(target), origin.tensors
-    skipped = {name: "recomputed from the configuration" for name in found if HARMLESS.fullmatch(name)}
-    if target.tie_word_embeddings and found.get(HEAD) and found[HEAD].shape == expected[EMBEDDING]:
-        skipped[HEAD] = "tied to the embeddings"
-    missing = [name for name in expected if name not in found]
-    surplus = [name for name in found if name not in expected and name not in skipped]
-    shapes = {
-        name: (found[name].shape, shape) for name, shape in expected.items() if name in found and found[name].shape != shape
-    }
-    problems = [f"missing: {name_list(missing)}"] if missing else []
-    problems += [f"not part of the model: {name_list(surplus)}"] if surplus else []
-    problems += [f"{name} has shape {list(actual)} instead of {list(shape)}" for name, (actual, shape) in shapes.items()]
-    if problems:
-        heads = [name for name in origin.config.get("architectures") or [] if not name.endswith("ForCausalLM")]
-        hint = f" (it is a {heads[0]}; only causal language models convert)" if heads else ""
-        raise ValueError(f"the tensors of {origin.path} do not fit its configuration{hint}: " + "; ".join(problems))
-    tensors = {name: TensorInfo(shape, dtype or found[name].dtype) for name, shape in expected.items()}
-    cast = [name for name in tensors if tensors[name].dtype != found[name].dtype]
-    lossless = all(torch.promote_types(found[name].dtype, tensors[name].dtype) == tensors[name].dtype for name in cast)
-    return TensorPlan(tensors, skipped, cast, lossless)
 
 
 def build_report(
@@ -293,8 +262,9 @@ def write_checkpoint(
     dry_run: bool,
     overwrite: bool,
     max_shard_size: int | str,
+    fit: Callable[[], dict[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Writes a planned checkpoint and completes `report`; with `dry_run` only the latter."""
+    """Writes a planned checkpoint and completes `report`; with `dry_run` only the latter. `fit` makes `plan.fitted`."""
     destination, shard_bytes = Path(report.destination).expanduser().resolve(), convert_file_size_to_int(max_shard_size)
     if shard_bytes < 1:
         raise ValueError(f"max_shard_size={max_shard_size!r} must be at least one byte")
@@ -313,7 +283,8 @@ def write_checkpoint(
             " config.json to keep both, or remove the former"
         )
     with atomic_folder(destination, report.disk_bytes) as folder:
-        _stream_weights(origin, plan.tensors, folder, report, shard_bytes)
+        fitted = fit() if fit is not None else {}
+        _stream_weights(origin, plan.tensors, fitted, folder, report, shard_bytes)
         config.save_pretrained(folder)
         _carry_files(origin, source_config, config.vocab_size, folder, report)
 
@@ -338,12 +309,17 @@ def weights_dtype(origin: Source, config: PreTrainedConfig, dtype: str | torch.d
 
 
 def _stream_weights(
-    origin: Source, tensors: Mapping[str, TensorInfo], folder: Path, report: ConversionReport, shard_bytes: int
+    origin: Source,
+    tensors: Mapping[str, TensorInfo],
+    fitted: Mapping[str, torch.Tensor],
+    folder: Path,
+    report: ConversionReport,
+    shard_bytes: int,
 ) -> None:
     with tqdm(total=report.disk_bytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
 
         def read(name: str) -> torch.Tensor:
-            tensor = origin.read(name).to(tensors[name].dtype)
+            tensor = fitted[name] if name in fitted else origin.read(name).to(tensors[name].dtype)
             if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
                 report.warnings.append(f"{name} holds values that are not finite")
             progress.update(tensor.nbytes)

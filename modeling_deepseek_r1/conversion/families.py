@@ -148,6 +148,9 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
     differing = sorted({name for layer in overrides.values() for name in layer})
     if differing:
         obstacles.append(f"per_layer_config ({', '.join(differing)} differ between layers)")
+    routed = fields["layer_types"].count("local_routed_attention")
+    if routed:
+        obstacles.append(f"layer_types ({routed} of {len(sliding)} are local_routed_attention)")
     if any(sliding) and (fields.get("sparse_attention") or {}).get("num_sink_tokens"):
         obstacles.append(f"sparse_attention (num_sink_tokens={fields['sparse_attention']['num_sink_tokens']})")
     if any(sliding) and (family.window == "none" or (family.window == "uniform" and not all(sliding))):

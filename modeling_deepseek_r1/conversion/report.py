@@ -18,17 +18,21 @@ class LayerAttention:
         window: tokens that a query sees, itself included; None: all of them.
         num_sink_tokens: first tokens of the document that stay visible besides the window.
         bytes_per_token: keys and values of one token in this layer's cache.
+        routed_keys: keys that a query of a routed layer sees beyond the window at most; 0: the layer is not routed.
     """
 
     window: int | None
     num_sink_tokens: int
     bytes_per_token: int
+    routed_keys: int = 0
 
     @property
     def name(self) -> str:
         if self.window is None:
             return "full_attention"
         sinks = f" + {self.num_sink_tokens} sink tokens" if self.num_sink_tokens else ""
+        if self.routed_keys:
+            return f"local_routed_attention ({self.window} tokens{sinks} + at most {self.routed_keys} routed)"
         return f"sliding_attention ({self.window} tokens{sinks})"
 
 
@@ -124,14 +128,15 @@ def layer_attention(config: DeepseekR1TextConfig, dtype: torch.dtype) -> list[La
             layers.append(LayerAttention(None, 0, size))
         else:
             sparse = config.sparse_attention_of(layer_idx)
-            layers.append(LayerAttention(layer.sliding_window, sparse.num_sink_tokens if sparse else 0, size))
+            routed = sparse.routed_clusters * sparse.routed_tokens if kind == "local_routed_attention" else 0
+            layers.append(LayerAttention(layer.sliding_window, sparse.num_sink_tokens if sparse else 0, size, routed))
     return layers
 
 
 def cache_size(layers: Iterable[LayerAttention]) -> CacheSize:
     growth, fixed = 0, 0
     for layer in layers:
-        if layer.window is None:
+        if layer.window is None or layer.routed_keys:
             growth += 1000 * layer.bytes_per_token
         else:
             fixed += (layer.window - 1 + layer.num_sink_tokens) * layer.bytes_per_token

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM
 from modeling_deepseek_r1.configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from modeling_deepseek_r1.conversion import convert_checkpoint, to_dense
-from modeling_deepseek_r1.conversion.convert import expected_tensors
+from modeling_deepseek_r1.conversion.plan import expected_tensors
 
 from .sources import VARIANTS, input_ids, model_of, save
 

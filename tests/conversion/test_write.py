@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_deepseek_r1.conversion import convert_checkpoint, source, to_dense
-from modeling_deepseek_r1.conversion.convert import expected_tensors, plain_target
+from modeling_deepseek_r1.conversion.convert import plain_target
+from modeling_deepseek_r1.conversion.plan import expected_tensors
 from modeling_deepseek_r1.conversion.write import TensorInfo, write_weights
 
 from .sources import assert_same_tensors, config_of, model_of, save

@@ -1,0 +1,136 @@
+"""One pass over a text, with the model that is being converted: the keys of every layer, clustered for routed attention.
+
+The model runs with the source's own attention, and only the directions of its keys before rotation are looked at. Gates start at
+zero, which lets remote keys count like near ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers.initialization import no_init_weights
+
+from ..attention.kmeans import fit_centroids
+from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
+
+WINDOW_TOKENS = 2048
+"""Tokens of a calibration window; clusters do not depend on positions, so windows need not be long."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration reads.
+
+    Attributes:
+        texts: names of built-in texts (`"prose"`, `"code"`) or paths of UTF-8 files; the beginning of each is used equally.
+        tokens: tokens to read in all.
+        seed: of the clustering.
+    """
+
+    texts: Sequence[str] = ("prose", "code")
+    tokens: int = 16384
+    seed: int = 0
+
+
+def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the float32 tensors that routed layers add to a model."""
+    shapes = {}
+    for layer_idx, kind in enumerate(config.layer_types):
+        if kind != "local_routed_attention":
+            continue
+        layer, sparse = config.per_layer_config[layer_idx], config.sparse_attention_of(layer_idx)
+        prefix = f"model.layers.{layer_idx}.self_attn.router"
+        shapes[f"{prefix}.weight"] = (layer.num_attention_heads, layer.hidden_size)
+        shapes[f"{prefix}.bias"] = (layer.num_attention_heads,)
+        shapes[f"{prefix}.centroids"] = (layer.num_key_value_heads, sparse.num_clusters, layer.head_dim)
+    return shapes
+
+
+def load_plain(
+    config: DeepseekR1TextConfig, names: Sequence[str], read: Callable[[str], torch.Tensor]
+) -> DeepseekR1ForCausalLM:
+    """The model with full attention in place of routed layers, its weights read one by one."""
+    fields = config.to_dict()
+    fields["layer_types"] = ["full_attention" if kind == "local_routed_attention" else kind for kind in config.layer_types]
+    with no_init_weights():
+        model = DeepseekR1ForCausalLM(DeepseekR1TextConfig.from_dict(fields)).to(config.dtype)
+    targets = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            targets[name].copy_(read(name))
+    # Built without initialisation, the rotary frequencies still have to be computed.
+    for module in model.model.rotary_embs:
+        model._init_weights(module)
+    return model.eval().requires_grad_(False)
+
+
+def text_windows(tokenizer, calibration: Calibration) -> torch.Tensor:
+    """`[windows, n]` token ids, equally many from each text.
+
+    Raises:
+        ValueError: a text that is too short for one window.
+    """
+    from ..evaluation.text import encode_text, read_text
+
+    per_text = max(1, calibration.tokens // WINDOW_TOKENS // len(calibration.texts))
+    windows = []
+    for name in calibration.texts:
+        text = read_text([name])
+        # Roughly four characters a token; encoding a whole book for its first page would be a waste.
+        ids = encode_text(tokenizer, text[: per_text * WINDOW_TOKENS * 12])
+        count = min(per_text, len(ids) // WINDOW_TOKENS)
+        if not count:
+            raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed")
+        windows.append(ids[: count * WINDOW_TOKENS].view(count, WINDOW_TOKENS))
+    return torch.cat(windows)
+
+
+def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The keys of some layers after bias and norm and before rotation: layer -> `[G, tokens, D]` in bfloat16."""
+    collected: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layers}
+    hooks = []
+    for layer_idx in layers:
+        attention = model.model.layers[layer_idx].self_attn
+        source: nn.Module = attention.k_norm if attention.k_norm is not None else attention.k_proj
+
+        def keep(module, args, output, layer_idx=layer_idx, size=attention.head_dim):
+            keys = output.reshape(-1, output.shape[-1] // size if output.dim() == 3 else output.shape[-2], size)
+            collected[layer_idx].append(keys.transpose(0, 1).to(torch.bfloat16))
+
+        hooks.append(source.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            for window in tqdm(windows, unit="window", desc="calibrating", disable=None):
+                model.model(window.unsqueeze(0), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer_idx: torch.cat(parts, 1) for layer_idx, parts in collected.items()}
+
+
+def fit_routers(
+    model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, tokenizer, calibration: Calibration
+) -> dict[str, torch.Tensor]:
+    """The tensors of `router_tensors(config)`: fitted centroids, and gates at zero.
+
+    Args:
+        model: as `load_plain` makes it.
+        config: that of the routed model.
+
+    Raises:
+        ValueError: a text too short for the number of clusters.
+    """
+    routed = [layer_idx for layer_idx, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
+    keys = collect_keys(model, routed, text_windows(tokenizer, calibration))
+    tensors = {}
+    for name, shape in router_tensors(config).items():
+        if not name.endswith("centroids"):
+            tensors[name] = torch.zeros(shape)
+    for layer_idx in tqdm(routed, unit="layer", desc="clustering", disable=None):
+        clusters = config.sparse_attention_of(layer_idx).num_clusters
+        centroids = fit_centroids(keys.pop(layer_idx).float(), clusters, seed=calibration.seed)
+        tensors[f"model.layers.{layer_idx}.self_attn.router.centroids"] = centroids
+    return tensors

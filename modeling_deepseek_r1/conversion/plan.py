@@ -1,0 +1,112 @@
+"""Which tensors a checkpoint has to have, and how those of a source become them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from .report import name_list
+from .source import Source
+from .write import TensorInfo
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
+ROUTER = re.compile(r"model\.layers\.\d+\.self_attn\.router\.\w+")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What will be written, and what of the source is left out.
+
+    Attributes:
+        tensors: name -> shape and dtype in the result.
+        skipped: name -> why the result does not need it.
+        cast: names whose dtype changes.
+        lossless: whether every such change keeps all values.
+        fitted: names that calibration makes.
+    """
+
+    tensors: dict[str, TensorInfo]
+    skipped: dict[str, str]
+    cast: list[str]
+    lossless: bool
+    fitted: list[str]
+
+
+def expected_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that a causal language model with `config` stores, in its order."""
+    shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    for layer_idx in range(config.num_hidden_layers):
+        layer = config.per_layer_config[layer_idx]
+        hidden, inner = layer.hidden_size, layer.intermediate_size
+        queries, keys = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+        linears = {
+            "self_attn.q_proj": (queries, hidden, layer.attention_bias),
+            "self_attn.k_proj": (keys, hidden, layer.attention_bias),
+            "self_attn.v_proj": (keys, hidden, layer.attention_bias),
+            "self_attn.o_proj": (hidden, queries, layer.attention_out_bias),
+            "mlp.gate_proj": (inner, hidden, layer.mlp_bias),
+            "mlp.up_proj": (inner, hidden, layer.mlp_bias),
+            "mlp.down_proj": (hidden, inner, layer.mlp_bias),
+        }
+        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+        if layer.qk_norm == "head":
+            norms |= {"self_attn.q_norm": layer.head_dim, "self_attn.k_norm": layer.head_dim}
+        prefix = f"model.layers.{layer_idx}"
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+        shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def plan_tensors(
+    origin: Source,
+    target: DeepseekR1TextConfig,
+    dtype: torch.dtype | None,
+    routers: Mapping[str, tuple[int, ...]] | None = None,
+    refit: bool = False,
+) -> TensorPlan:
+    """Compares the source's tensors with what the result needs.
+
+    Args:
+        routers: name -> shape of what routed layers add; those of the source are kept where they fit, unless `refit`.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, or of another shape; all of them in one message.
+    """
+    expected, found = expected_tensors(target), origin.tensors
+    skipped = {name: "recomputed from the configuration" for name in found if HARMLESS.fullmatch(name)}
+    if target.tie_word_embeddings and found.get(HEAD) and found[HEAD].shape == expected[EMBEDDING]:
+        skipped[HEAD] = "tied to the embeddings"
+    routers = routers or {}
+    kept = not refit and all(name in found and found[name].shape == shape for name, shape in routers.items())
+    expected |= routers if kept else {}
+    skipped |= {name: "of another routing" for name in found if ROUTER.fullmatch(name) and name not in expected}
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected and name not in skipped]
+    shapes = {
+        name: (found[name].shape, shape) for name, shape in expected.items() if name in found and found[name].shape != shape
+    }
+    problems = [f"missing: {name_list(missing)}"] if missing else []
+    problems += [f"not part of the model: {name_list(surplus)}"] if surplus else []
+    problems += [f"{name} has shape {list(actual)} instead of {list(shape)}" for name, (actual, shape) in shapes.items()]
+    if problems:
+        heads = [name for name in origin.config.get("architectures") or [] if not name.endswith("ForCausalLM")]
+        hint = f" (it is a {heads[0]}; only causal language models convert)" if heads else ""
+        raise ValueError(f"the tensors of {origin.path} do not fit its configuration{hint}: " + "; ".join(problems))
+    tensors = {
+        name: TensorInfo(shape, torch.float32 if name in routers else dtype or found[name].dtype)
+        for name, shape in expected.items()
+    }
+    cast = [name for name in tensors if tensors[name].dtype != found[name].dtype]
+    lossless = all(torch.promote_types(found[name].dtype, tensors[name].dtype) == tensors[name].dtype for name in cast)
+    fitted = [] if kept else list(routers)
+    tensors |= {name: TensorInfo(routers[name], torch.float32) for name in fitted}
+    return TensorPlan(tensors, skipped, cast, lossless, fitted)
