@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_deepseek_r1.cli import main
-from modeling_deepseek_r1.generation import Conversation, encode_prompt
+from modeling_deepseek_r1.generation import Conversation
+from modeling_deepseek_r1.tokenization import encode_prompt
 from tests.models import tiny_model
 
 TEMPLATE = (

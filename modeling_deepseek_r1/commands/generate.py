@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     from transformers import TextStreamer
 
-    from ..generation import encode_prompt
+    from ..tokenization import encode_prompt
 
     ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

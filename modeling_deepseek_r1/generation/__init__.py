@@ -1,5 +1,5 @@
 """Generation beyond a plain `model.generate()`."""
 
-from .conversation import Conversation, encode_prompt
+from .conversation import Conversation
 
-__all__ = ["Conversation", "encode_prompt"]
+__all__ = ["Conversation"]

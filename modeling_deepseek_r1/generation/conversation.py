@@ -1,4 +1,4 @@
-"""Prompts by the checkpoint's chat template, and conversations that keep their cache between the turns."""
+"""Conversations that keep their cache between the turns."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,31 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, TextStreamer
 
-
-def encode_prompt(tokenizer, prompt: str, *, system: str | None = None, raw: bool = False) -> torch.Tensor:
-    """Token ids `[1, n]` of a prompt.
-
-    Args:
-        tokenizer: the checkpoint's.
-        prompt: what the user says, or with `raw` the beginning of a text.
-        system: instructions that come before it.
-        raw: continue the text as it is instead of answering it by the chat template. Without a template this is so anyway.
-
-    Raises:
-        ValueError: an empty prompt, or a system message where there is no template to put it in.
-    """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; give at least one word")
-    if raw or not tokenizer.chat_template:
-        if system:
-            raise ValueError("a system message needs a chat template, and this prompt is continued as plain text")
-        return tokenizer(prompt, return_tensors="pt").input_ids
-    messages = [{"role": "system", "content": system}] if system else []
-    return _by_template(tokenizer, [*messages, {"role": "user", "content": prompt}])
-
-
-def _by_template(tokenizer, messages: list[dict[str, str]]) -> torch.Tensor:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+from ..tokenization.prompts import encode_messages
 
 
 @dataclass
@@ -65,7 +41,7 @@ class Conversation:
         if not text.strip():
             raise ValueError("the message is empty; say something")
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = _by_template(self.tokenizer, messages).to(self.model.device)
+        ids = encode_messages(self.tokenizer, messages).to(self.model.device)
         if not self._continues(ids):
             self._cache = DynamicCache(config=self.model.config)
         cache, self._cache = self._cache, None  # an interrupted turn leaves no half-filled cache behind

@@ -130,7 +130,9 @@ def test_ragged_batches(kind, pattern):
 def test_k_means_finds_separate_directions():
     directions = F.normalize(torch.randn(2, 6, 16), dim=-1)
     which = torch.randint(6, (2, 600))
-    keys = directions.gather(1, which[..., None].expand(-1, -1, 16)) * (0.5 + torch.rand(2, 600, 1)) + 0.01 * torch.randn(2, 600, 16)
+    keys = directions.gather(1, which[..., None].expand(-1, -1, 16)) * (0.5 + torch.rand(2, 600, 1)) + 0.01 * torch.randn(
+        2, 600, 16
+    )
     centroids = fit_centroids(keys, 6)
     torch.testing.assert_close(centroids.norm(dim=-1), torch.ones(2, 6))
     assert (centroids @ directions.transpose(1, 2)).amax(1).min() > 0.99
