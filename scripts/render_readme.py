@@ -1,4 +1,5 @@
-"""Puts the tables of results/*.json and of the preset table into README.md and the model cards, between their markers.
+"""Puts the tables of results/*.json and of the preset table into README.md and the model cards, between their markers, and
+draws results/overview.png from the same files.
 
 python scripts/render_readme.py            rewrites the files
 python scripts/render_readme.py --check    exit code 1 if a file is not what it would be rewritten to
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
-from modeling_deepseek_r1.evaluation import markdown_table
+from modeling_deepseek_r1.evaluation import markdown_table, plot
 
 PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -73,6 +74,12 @@ def rendered(page: str) -> str:
     return MARKED.sub(replace, page)
 
 
+def overview() -> dict:
+    """Quality and cost of the models that both runs have measured, as one result."""
+    quality, cost = (json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in ("quality", "cost_float32"))
+    return {**cost, **{task: {label: quality[task][label] for label in cost["models"]} for task in ("perplexity", "retrieval")}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, report what would change")
@@ -82,6 +89,8 @@ def main() -> int:
         if not args.check:
             page.write_text(rendered(page.read_text()))
         print(f"{page}: {'out of date, run scripts/render_readme.py' if args.check else 'rewritten'}")
+    if not args.check:
+        plot(overview(), "results/overview.png")
     return 1 if changed and args.check else 0
 
 

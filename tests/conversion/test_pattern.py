@@ -20,7 +20,7 @@ def test_preset_and_arguments_that_win_over_it(source, tmp_path):
     assert report.pattern == "2 x sliding_attention (8 tokens + 2 sink tokens), 2 x full_attention"
     assert not report.exact
     config = DeepseekR1TextConfig.from_pretrained(tmp_path / "a")
-    assert (config.sliding_window, config.sparse_attention) == (8, {"num_sink_tokens": 2})
+    assert (config.sliding_window, config.sparse_attention["num_sink_tokens"]) == (8, 2)
     assert_same_tensors(tmp_path / "a", source)
     report = convert_checkpoint(source, tmp_path / "b", preset="balanced", layer_types="SSSF", dry_run=True)
     assert report.pattern == "3 x sliding_attention (512 tokens + 32 sink tokens), 1 x full_attention"
@@ -76,7 +76,7 @@ def test_overrides_of_single_layers_give_way_to_what_is_asked_for(source, tmp_pa
         ({"layer_types": "SX"}, "layer_types='SX'"),
         ({"layer_types": "SF"}, "sliding_window=None; give the number of tokens"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
-        ({"sliding_window": 8}, "sliding_window has no effect: no layer is sliding_attention"),
+        ({"sliding_window": 8}, "sliding_window has no effect: every layer is full_attention"),
         ({"num_sink_tokens": 8}, "num_sink_tokens has no effect"),
         ({"preset": "balanced", "num_sink_tokens": -1}, "num_sink_tokens"),
         ({"preset": "balanced", "sliding_window": 0}, "sliding_window=0"),

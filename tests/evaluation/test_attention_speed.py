@@ -3,7 +3,7 @@
 import torch
 
 from modeling_deepseek_r1.attention.pattern import AttentionPattern
-from modeling_deepseek_r1.evaluation import read_report, write_report
+from modeling_deepseek_r1.evaluation import FORMAT_VERSION, read_report, write_report
 from modeling_deepseek_r1.evaluation.attention_speed import measure_attention
 
 
@@ -30,5 +30,6 @@ def test_every_variant_is_measured_and_compared(tmp_path):
     assert long["largest_error"] < 1e-5
     assert result["cells"][3]["largest_error"] < 0.05
     assert set(result["exponents"]) == {"float32", "bfloat16"}
+    result["format_version"] = FORMAT_VERSION
     write_report(result, tmp_path / "result.json")
     assert read_report(tmp_path / "result.json") == result
