@@ -47,15 +47,19 @@ def evaluate(labels: list[str], output: Path, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["quality", "cost"])
+    parser.add_argument("what", choices=["perplexity", "retrieval", "cost"])
     parser.add_argument("--dtype", default="float32", help="of the cost run (default: %(default)s)")
     parser.add_argument("--lengths", nargs="+", help="context lengths in tokens")
     parser.add_argument("--folder", type=Path, default=Path("results"))
     args, more = parser.parse_known_args()
-    if args.what == "quality":
+    if args.what == "perplexity":
         lengths = args.lengths or ["1024", "4096"]
-        tasks = ["--tasks", "perplexity", "retrieval", "--windows", "2", "--questions", "4", "--depths", "0.1", "0.5", "0.9"]
-        evaluate(list(VARIANTS), args.folder / "smollm2_quality", *tasks, "--lengths", *lengths, *more)
+        tasks = ["--tasks", "perplexity", "--windows", "2"]
+        evaluate(list(VARIANTS), args.folder / "smollm2_perplexity", *tasks, "--lengths", *lengths, *more)
+    elif args.what == "retrieval":
+        lengths = args.lengths or ["1024"]
+        tasks = ["--tasks", "retrieval", "--questions", "4", "--depths", "0.1", "0.5", "0.9"]
+        evaluate(list(VARIANTS), args.folder / "smollm2_retrieval", *tasks, "--lengths", *lengths, *more)
     else:
         lengths = args.lengths or ["1024", "16384"]
         tasks = ["--tasks", "speed", "memory", "--repeats", "1", "--dtype", args.dtype]

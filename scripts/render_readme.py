@@ -18,7 +18,8 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "scripts/benchmark_attention.py",
-    "smollm2_quality": "scripts/benchmark_model.py quality",
+    "smollm2_perplexity": "scripts/benchmark_model.py perplexity",
+    "smollm2_retrieval": "scripts/benchmark_model.py retrieval",
     "smollm2_cost_float32": "scripts/benchmark_model.py cost",
     "smollm2_cost_bfloat16": "scripts/benchmark_model.py cost --dtype bfloat16",
 }
@@ -76,8 +77,10 @@ def rendered(page: str) -> str:
 
 def overview() -> dict:
     """Quality and cost of the models that both runs have measured, as one result."""
-    quality, cost = (json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in ("quality", "cost_float32"))
-    return {**cost, **{task: {label: quality[task][label] for label in cost["models"]} for task in ("perplexity", "retrieval")}}
+    perplexity, cost = (
+        json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in ("perplexity", "cost_float32")
+    )
+    return {**cost, "perplexity": {label: perplexity["perplexity"][label] for label in cost["models"]}}
 
 
 def main() -> int:

@@ -39,7 +39,8 @@ def test_peak_is_seen_though_it_was_freed(monkeypatch, tmp_path, method):
             allocate_and_free(100)
     assert peak.method == earlier.method == method
     assert earlier.extra_bytes > peak.extra_bytes
-    assert 50 * MIB < peak.extra_bytes < 150 * MIB
+    # Above what one block takes there may be pages that the system has not taken back yet.
+    assert 50 * MIB < peak.extra_bytes < 250 * MIB
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is not on Windows")
