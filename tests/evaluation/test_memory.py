@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ def checkpoint(tmp_path):
 
 def allocate_and_free(mebibytes: int) -> None:
     block = torch.ones(mebibytes * MIB, dtype=torch.uint8)
+    # Long enough for a sampling thread to have its turn.
+    time.sleep(0.05)
     del block
 
 
@@ -32,15 +35,14 @@ def test_peak_is_seen_though_it_was_freed(monkeypatch, tmp_path, method):
         # A place that cannot be written, as /proc/self/clear_refs is in some containers.
         monkeypatch.setattr(memory_probe, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
         monkeypatch.setattr(memory_probe, "_SAMPLING_SECONDS", 0.0001)
-    with PeakMemory() as earlier:
+    with PeakMemory() as high:
         allocate_and_free(300)
-    with PeakMemory() as peak:
-        for _ in range(5):
-            allocate_and_free(100)
-    assert peak.method == earlier.method == method
-    assert earlier.extra_bytes > peak.extra_bytes
-    # Above what one block takes there may be pages that the system has not taken back yet.
-    assert 50 * MIB < peak.extra_bytes < 250 * MIB
+    with PeakMemory() as low:
+        allocate_and_free(100)
+    assert high.method == low.method == method
+    # A system that takes freed pages back late may count a part of the first block into the second's start, never the reverse.
+    assert 250 * MIB < high.extra_bytes < 350 * MIB
+    assert low.extra_bytes < 150 * MIB
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is not on Windows")
