@@ -54,16 +54,24 @@ class PairBatch:
             may repeat, see `real`.
         real: `[N, PAIR_BLOCK]` bool.
         keys: `[N, S]` numbers of the keys, as (batch, key/value head, key) in row-major order.
-        mask: `[N, 1, PAIR_BLOCK, S]` additive.
+        begin, end: `[N, PAIR_BLOCK]`, the band of each pair within its strip.
     """
 
     pairs: torch.Tensor
     real: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[N, 1, PAIR_BLOCK, S]` additive; made when it is needed, since the masks of all blocks would fill the memory."""
+        column = torch.arange(self.keys.shape[1], device=self.keys.device)
+        seen = (column >= self.begin[:, None, :, None]) & (column < self.end[:, None, :, None])
+        visible, hidden = torch.tensor([0.0, float("-inf")], dtype=dtype, device=seen.device)
+        return torch.where(seen, visible, hidden)
 
 
-def plan_pairs(routing: Routing, pattern: AttentionPattern, dtype: torch.dtype) -> list[PairBatch]:
+def plan_pairs(routing: Routing, pattern: AttentionPattern) -> list[PairBatch]:
     """Sorts keys and pairs as described above. The queries are the last Q of the K positions."""
     query_clusters, key_clusters = routing.query_clusters, routing.key_clusters
     batch, heads, queries, choices = query_clusters.shape
@@ -89,10 +97,10 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern, dtype: torch.dtype) 
     cluster = (row * (int(codes.max()) + span + 1) + wanted).flatten()[pairs]
     offsets = (row * length).expand_as(start).flatten()[pairs]
     start, stop = start.flatten()[pairs] + offsets, stop.flatten()[pairs] + offsets
-    return _blocks(pairs, cluster, start, stop, (order + row * length).flatten(), dtype)
+    return _blocks(pairs, cluster, start, stop, (order + row * length).flatten())
 
 
-def _blocks(pairs, cluster, start, stop, order, dtype) -> list[PairBatch]:
+def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
     """Cuts the sorted pairs into blocks of one cluster each, and sorts the blocks by the length of their strips."""
     device, total = pairs.device, len(pairs)
     number = torch.arange(total, device=device)
@@ -114,9 +122,8 @@ def _blocks(pairs, cluster, start, stop, order, dtype) -> list[PairBatch]:
         real = within < lengths[chosen, None]
         index = heads[chosen, None] + torch.where(real, within, 0)
         column = low[chosen, None] + torch.arange(strip, device=device)
-        seen = (column[:, None] >= start[index][..., None]) & (column[:, None] < stop[index][..., None])
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-        batches.append(PairBatch(pairs[index], real, order[column.clamp(max=len(order) - 1)], mask[:, None]))
+        bands = start[index] - low[chosen, None], stop[index] - low[chosen, None]
+        batches.append(PairBatch(pairs[index], real, order[column.clamp(max=len(order) - 1)], *bands))
         at = until
     return batches
 
@@ -165,9 +172,15 @@ def routed_attention(
     """
     length = key.shape[2]
     local = local_plan(pattern, query.shape[2], length, length, query.dtype, query.device)
-    batches = plan_pairs(routing, pattern, query.dtype)
+    batches = plan_pairs(routing, pattern)
     choices = routing.query_clusters.shape[-1]
     return _RoutedAttention.apply(query, key, value, routing.log_gate, local, batches, choices, scale)
+
+
+def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `[N, 1, M, D]` of `states` `[rows, D]` by their numbers `[N, M]`."""
+    # Several times faster on a CPU than states[index].
+    return states.index_select(0, index.flatten()).view(index.shape[0], 1, index.shape[1], -1)
 
 
 def _run_pairs(query, key, value, batches, choices, scale):
@@ -179,8 +192,8 @@ def _run_pairs(query, key, value, batches, choices, scale):
     sums = torch.full((spare + 1,), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     flat = [x.reshape(-1, size) for x in (query, key, value)]
     for batch in batches:
-        strips = flat[1][batch.keys].unsqueeze(1), flat[2][batch.keys].unsqueeze(1)
-        part, part_sum = attend(flat[0][batch.pairs // choices].unsqueeze(1), *strips, scale, batch.mask)
+        strips = (_rows(states, batch.keys) for states in flat[1:])
+        part, part_sum = attend(_rows(flat[0], batch.pairs // choices), *strips, scale, batch.mask(query.dtype))
         target = batch.pairs.masked_fill(~batch.real, spare).flatten()
         outputs.index_copy_(0, target, part.flatten(0, 2))
         sums.index_copy_(0, target, part_sum.flatten().to(sums.dtype))
@@ -202,8 +215,8 @@ def _run_pairs_backward(grads, grad, query, key, value, output, merged, batches,
         # A repeated pair at the end of a block must not count twice: with an infinite log-sum-exp its weights are zero.
         row_sums = sums[rows].masked_fill(~batch.real, float("inf"))
         shares = attend_backward(
-            *(flat[i][rows].unsqueeze(1) for i in (3, 0)), *(flat[i][batch.keys].unsqueeze(1) for i in (1, 2)),
-            flat[4][rows].unsqueeze(1), row_sums.unsqueeze(1), scale, batch.mask,
+            *(_rows(flat[i], rows) for i in (3, 0)), *(_rows(flat[i], batch.keys) for i in (1, 2)),
+            _rows(flat[4], rows), row_sums.unsqueeze(1), scale, batch.mask(query.dtype),
         )  # fmt: skip
         targets[0].index_add_(0, rows.flatten(), shares[0].flatten(0, 2).to(targets[0].dtype))
         for target, share in zip(targets[1:], shares[1:], strict=True):

@@ -101,7 +101,7 @@ def test_empty_remote_sets_contribute_exactly_nothing():
         query_clusters=torch.full_like(routing.query_clusters, 4), key_clusters=torch.zeros_like(routing.key_clusters)
     )
     pattern = AttentionPattern(6, 1, 1, 9)
-    assert plan_pairs(never, pattern, torch.float32) == []
+    assert plan_pairs(never, pattern) == []
     output = routed_attention(*tensors, never, pattern, 0.25)
     grads = torch.autograd.grad(output.sum(), [*tensors, never.log_gate])
     assert all(torch.isfinite(x).all() for x in (output, *grads))
