@@ -13,14 +13,26 @@ LAYER_LETTERS = {"F": "full_attention", "S": "sliding_attention", "R": "local_ro
 PRESETS: dict[str, dict[str, Any]] = {
     # Every layer attends to everything: the behaviour of the checkpoint that was converted.
     "dense": {"layer_types": "F"},
-    # Half of the layers keep everything, the other half a window of 512 tokens and 32 sink tokens.
-    "balanced": {"layer_types": "SF", "sliding_window": 512, "sparse_attention": {"num_sink_tokens": 32}},
+    # Every layer sees its window, the sink tokens, and from the rest the keys of the four clusters that fit a query best.
+    "balanced": {
+        "layer_types": "R",
+        "sliding_window": 512,
+        "sparse_attention": {"num_sink_tokens": 32, "routed_clusters": 4, "routed_tokens": 128},
+    },
     # No layer grows with the context: constant time per generated token, the least memory, the largest loss of quality.
     "low_latency": {"layer_types": "S", "sliding_window": 128, "sparse_attention": {"num_sink_tokens": 32}},
-    # Long windows, and one layer in four that sees the whole document.
-    "long_document": {"layer_types": "SSSF", "sliding_window": 2048, "sparse_attention": {"num_sink_tokens": 64}},
-    # Closest to dense: one layer in four is local.
-    "high_accuracy": {"layer_types": "FFSF", "sliding_window": 512, "sparse_attention": {"num_sink_tokens": 64}},
+    # Wider windows, and fewer but larger clusters: the least work for every further token of a very long text.
+    "long_document": {
+        "layer_types": "R",
+        "sliding_window": 1024,
+        "sparse_attention": {"num_sink_tokens": 64, "routed_clusters": 2, "routed_tokens": 256},
+    },
+    # Closest to dense: half of the layers keep everything, the other half is routed.
+    "high_accuracy": {
+        "layer_types": "RF",
+        "sliding_window": 512,
+        "sparse_attention": {"num_sink_tokens": 64, "routed_clusters": 4, "routed_tokens": 128},
+    },
     # A small model for phones, with an activation that integer hardware computes exactly.
     "mobile": {
         "layer_types": "SSSF",

@@ -28,15 +28,16 @@ def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) 
     """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]`."""
     groups = centroids.shape[0]
     wide = centroids.float().transpose(1, 2)[:, None]
-    chosen = []
-    for part in queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3):
-        products = part.float() @ wide
-        best = [products.argmax(-1, keepdim=True)]
-        for _ in range(count - 1):
-            products.scatter_(-1, best[-1], float("-inf"))
-            best.append(products.argmax(-1, keepdim=True))
-        chosen.append(torch.cat(best, -1))
-    return torch.cat(chosen, 3).flatten(1, 2)
+    parts = queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3)
+    return torch.cat([_largest(part.float() @ wide, count) for part in parts], 3).flatten(1, 2)
+
+
+def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers of the `count` largest products along the last dimension, the largest first; ties to the lower number."""
+    values, best = products.topk(min(count + 1, products.shape[-1]), -1)
+    if not bool((values[..., 1:] == values[..., :-1]).any()):
+        return best[..., :count]
+    return products.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
 def fit_centroids(keys: torch.Tensor, num_clusters: int, *, iterations: int = 12, seed: int = 0) -> torch.Tensor:

@@ -80,6 +80,18 @@ class DeepseekR1Attention(nn.Module):
 
         `layout` is None where an engine computes the attention; `attention_mask` is then whatever that engine passes.
         """
+        query, key, value, routing = self.project(hidden_states, position_embeddings)
+        if layout is None:
+            output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
+        else:
+            output, weights = self._own_attention(query, key, value, layout, past_key_values, routing)
+            output = output.transpose(1, 2)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing | None]:
+        """Rotated queries `[B, H, n, D]` and keys `[B, G, n, D]`, values, and the routing where the layer is routed."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
@@ -89,12 +101,7 @@ class DeepseekR1Attention(nn.Module):
         routing = self.router(hidden_states, query, key) if self.router is not None else None
         if self.uses_rotary:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if layout is None:
-            output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
-        else:
-            output, weights = self._own_attention(query, key, value, layout, past_key_values, routing)
-            output = output.transpose(1, 2)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return query, key, value, routing
 
     def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | None):
         positions, documents, held = layout.positions, layout.documents, None

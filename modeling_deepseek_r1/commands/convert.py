@@ -11,7 +11,7 @@ PATTERN_ARGUMENTS = (
     "sliding_window",
     "num_sink_tokens",
     "num_clusters",
-    "calibration",
+    "context_length",
     "gguf_file",
 )
 
@@ -23,19 +23,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DESTINATION", help="folder to be made; it appears only when it is complete")
     pattern = parser.add_argument_group("attention pattern (default: the source's own, which computes the same function)")
     pattern.add_argument("--preset", choices=presets, help="named pattern; the arguments below win over it")
-    pattern.add_argument("--layer-types", metavar="PATTERN", help=f"letters that repeat over the layers, e.g. SSSF; {letters}")
+    pattern.add_argument(
+        "--layer-types",
+        metavar="PATTERN",
+        help=f"letters that repeat over the layers, e.g. SSSF; {letters}; or auto: try and choose",
+    )
     pattern.add_argument(
         "--sliding-window", type=int, metavar="N", help="tokens that a sliding layer sees, the current one included"
     )
     pattern.add_argument(
         "--num-sink-tokens", type=int, metavar="N", help="first tokens of a document that sliding layers see besides"
     )
-    pattern.add_argument("--num-clusters", type=int, metavar="N", help="centroids per key/value head of routed layers")
     pattern.add_argument(
+        "--num-clusters",
+        type=int,
+        metavar="N",
+        help="centroids per key/value head of routed layers (default: one per 128 tokens)",
+    )
+    pattern.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="tokens that routed layers are meant for (default: the source's, at most 8192)",
+    )
+    calibration = parser.add_argument_group("calibration of routed layers")
+    calibration.add_argument(
         "--calibration",
         nargs="+",
         metavar="FILE",
         help="UTF-8 texts to fit the centroids of routed layers to (default: prose and code of Python's own library)",
+    )
+    calibration.add_argument(
+        "--max-increase", type=float, metavar="X", help="with auto: how much the perplexity may rise (default: 0.03)"
+    )
+    calibration.add_argument(
+        "--max-cost", type=float, metavar="X", help="with auto: share of full attention's products that it may cost, e.g. 0.4"
     )
     parser.add_argument("--gguf-file", metavar="F", help="name of the GGUF file inside SOURCE")
     parser.add_argument(
@@ -64,10 +86,17 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError, ImportError: as `convert_checkpoint` and `to_dense`; arguments that exclude each other.
     """
-    from ..conversion import convert_checkpoint, to_dense
+    from ..conversion import Calibration, convert_checkpoint, to_dense
 
+    budget = {"max_increase": args.max_increase, "max_cost": args.max_cost}
+    budget = {name: value for name, value in budget.items() if value is not None}
+    if budget and args.layer_types != "auto":
+        raise ValueError(f"--{next(iter(budget)).replace('_', '-')} belongs to --layer-types auto")
     common = {"dtype": args.dtype, "dry_run": args.dry_run, "overwrite": args.overwrite}
     given = {name: getattr(args, name) for name in PATTERN_ARGUMENTS if getattr(args, name) is not None}
+    if args.calibration or budget:
+        texts = {"texts": tuple(args.calibration)} if args.calibration else {}
+        given["calibration"] = Calibration(**texts, **budget)
     if args.to_dense:
         if given:
             names = ", ".join("--" + name.replace("_", "-") for name in given)

@@ -1,6 +1,7 @@
 """`deepseek-r1 evaluate CHECKPOINT [--against CHECKPOINT ...]`: perplexity, retrieval, speed and memory in one run."""
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..evaluation import (
     DTYPES,
     FORMAT_VERSION,
@@ -27,6 +29,7 @@ from ..evaluation import (
     text_digest,
     write_report,
 )
+from ..evaluation.mean_blocks import use_mean_blocks
 from ..evaluation.retrieval import PROMPTS
 from ..evaluation.scoring import model_context_limit
 from ..evaluation.text import BUILT_IN_TEXTS
@@ -67,6 +70,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="retrieval: where in the text the fact lies, from 0 to 1" + default,
     )
+    parser.add_argument(
+        "--planted",
+        type=int,
+        default=5,
+        metavar="N",
+        help="retrieval: facts in the text, of which one is asked for; 1 = nothing like it to confuse it with" + default,
+    )
+    parser.add_argument(
+        "--mean-blocks",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="compare also with the first model under a window of 512, 32 sink tokens and the N blocks of 64 keys with the best"
+        " mean (needs a model of transformers itself; not for memory)",
+    )
     parser.add_argument("--prompt", choices=PROMPTS, default="completion", help="retrieval: form of the question" + default)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="speed: runs per model and length" + default)
     parser.add_argument("--decode-tokens", type=int, default=16, metavar="N", help="speed: tokens decoded per run" + default)
@@ -86,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
     text = read_text(args.text)
     checkpoints = _label([args.checkpoint, *args.against], args.labels)
     models, tokenizer = _load(checkpoints, DTYPES[args.dtype])
+    for blocks in args.mean_blocks:
+        models[f"{blocks} mean blocks"] = _with_mean_blocks(models, blocks)
     input_ids = encode_text(tokenizer, text)
     _check_lengths(args, models, input_ids.numel())
     result: dict[str, Any] = {
@@ -96,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
             "text_sha256": text_digest(text),
             "text_tokens": input_ids.numel(),
         },
-        "models": {label: _describe(checkpoints[label], model) for label, model in models.items()},
+        "models": {label: _describe(checkpoints.get(label, args.checkpoint), model) for label, model in models.items()},
     }
     if "perplexity" in args.tasks:
         result["perplexity"] = _perplexities(args, models, tokenizer, input_ids)
@@ -123,6 +144,8 @@ _SETTINGS = [
     "score_from",
     "questions",
     "depths",
+    "planted",
+    "mean_blocks",
     "prompt",
     "repeats",
     "decode_tokens",
@@ -132,11 +155,13 @@ _SETTINGS = [
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("windows", "questions", "repeats", "decode_tokens"):
+    for name in ("windows", "questions", "planted", "repeats", "decode_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads {args.threads} must be 1 or more")
+    if any(blocks < 1 for blocks in args.mean_blocks):
+        raise ValueError(f"--mean-blocks {min(args.mean_blocks)} must be 1 or more")
     if min(args.lengths) < 2:
         raise ValueError(f"--lengths {min(args.lengths)} must be 2 tokens or more")
     for path in (args.output, args.table, args.plot):
@@ -172,6 +197,16 @@ def _load(checkpoints: dict[str, str], dtype: torch.dtype):
                 f"{label} and {first} have different vocabularies: their perplexities per token cannot be compared"
             )
     return models, tokenizer
+
+
+def _with_mean_blocks(models: dict[str, Any], blocks: int):
+    """A copy of the first model with the baseline's attention."""
+    first = next(iter(models.values()))
+    if first.config.model_type == DeepseekR1TextConfig.model_type:
+        raise ValueError("--mean-blocks needs a first model of transformers itself; give the source of the conversion")
+    model = copy.deepcopy(first)
+    use_mean_blocks(model, window=512, num_sink_tokens=32, blocks=blocks)
+    return model
 
 
 def _check_lengths(args: argparse.Namespace, models: dict[str, Any], text_tokens: int) -> None:
@@ -217,7 +252,7 @@ def _perplexities(args: argparse.Namespace, models: dict[str, Any], tokenizer, i
 
 
 def _retrievals(args: argparse.Namespace, models: dict[str, Any], tokenizer, text: str) -> dict[str, Any]:
-    settings = {"lengths": args.lengths, "depths": args.depths, "prompt": args.prompt}
+    settings = {"lengths": args.lengths, "depths": args.depths, "prompt": args.prompt, "num_planted": args.planted}
     settings["seeds"] = range(args.seed, args.seed + args.questions)
     return {
         label: retrieval(model, tokenizer, text, **settings, on_progress=_progress(f"retrieval of {label}")).to_dict()

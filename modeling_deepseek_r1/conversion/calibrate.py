@@ -26,13 +26,28 @@ class Calibration:
 
     Attributes:
         texts: names of built-in texts (`"prose"`, `"code"`) or paths of UTF-8 files; the beginning of each is used equally.
-        tokens: tokens to read in all.
+        tokens: tokens to read in all; default: 16,384, or 256 for every centroid where that is more.
         seed: of the clustering.
+        max_increase: where a pattern is to be found (`layer_types="auto"`), how much the perplexity may rise: 0.03 = 3 %.
+        max_cost: instead, or besides, the share of full attention's query-key products that it may cost; of the patterns within
+            it the best one is taken.
+        tried_tokens: length of the held-out windows, one per text, on which patterns are tried; shorter where a text ends.
     """
 
     texts: Sequence[str] = ("prose", "code")
-    tokens: int = 16384
+    tokens: int | None = None
     seed: int = 0
+    max_increase: float | None = None
+    max_cost: float | None = None
+    tried_tokens: int = 4096
+
+    def tokens_for(self, config: DeepseekR1TextConfig) -> int:
+        """Tokens to read for the centroids of a model."""
+        if self.tokens is not None:
+            return self.tokens
+        routed = [i for i, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
+        clusters = max((config.sparse_attention_of(i).num_clusters for i in routed), default=0)
+        return max(16384, 256 * clusters)
 
 
 def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
@@ -47,6 +62,10 @@ def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.bias"] = (layer.num_attention_heads,)
         shapes[f"{prefix}.centroids"] = (layer.num_key_value_heads, sparse.num_clusters, layer.head_dim)
     return shapes
+
+
+def centroids_name(layer_idx: int) -> str:
+    return f"model.layers.{layer_idx}.self_attn.router.centroids"
 
 
 def load_plain(
@@ -67,25 +86,26 @@ def load_plain(
     return model.eval().requires_grad_(False)
 
 
-def text_windows(tokenizer, calibration: Calibration) -> torch.Tensor:
-    """`[windows, n]` token ids, equally many from each text.
+def text_windows(tokenizer, calibration: Calibration, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Windows `[windows, n]` for the centroids, equally many from each text, and what follows in each text, `[tokens_held_out]`.
 
     Raises:
         ValueError: a text that is too short for one window.
     """
     from ..evaluation.text import encode_text, read_text
 
-    per_text = max(1, calibration.tokens // WINDOW_TOKENS // len(calibration.texts))
-    windows = []
+    per_text = max(1, tokens // WINDOW_TOKENS // len(calibration.texts))
+    windows, held_out = [], []
     for name in calibration.texts:
         text = read_text([name])
-        # Roughly four characters a token; encoding a whole book for its first page would be a waste.
-        ids = encode_text(tokenizer, text[: per_text * WINDOW_TOKENS * 12])
+        # Roughly four characters a token; encoding a whole book for its first pages would be a waste.
+        ids = encode_text(tokenizer, text[: (per_text * WINDOW_TOKENS + calibration.tried_tokens) * 12])
         count = min(per_text, len(ids) // WINDOW_TOKENS)
         if not count:
             raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed")
         windows.append(ids[: count * WINDOW_TOKENS].view(count, WINDOW_TOKENS))
-    return torch.cat(windows)
+        held_out.append(ids[count * WINDOW_TOKENS :][: calibration.tried_tokens])
+    return torch.cat(windows), held_out
 
 
 def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -112,25 +132,23 @@ def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: t
 
 
 def fit_routers(
-    model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, tokenizer, calibration: Calibration
+    model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, windows: torch.Tensor, seed: int
 ) -> dict[str, torch.Tensor]:
     """The tensors of `router_tensors(config)`: fitted centroids, and gates at zero.
 
     Args:
         model: as `load_plain` makes it.
         config: that of the routed model.
+        windows: `[windows, n]` token ids to read.
 
     Raises:
         ValueError: a text too short for the number of clusters.
     """
     routed = [layer_idx for layer_idx, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
-    keys = collect_keys(model, routed, text_windows(tokenizer, calibration))
-    tensors = {}
-    for name, shape in router_tensors(config).items():
-        if not name.endswith("centroids"):
-            tensors[name] = torch.zeros(shape)
+    keys = collect_keys(model, routed, windows)
+    shapes = router_tensors(config)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.endswith("centroids")}
     for layer_idx in tqdm(routed, unit="layer", desc="clustering", disable=None):
         clusters = config.sparse_attention_of(layer_idx).num_clusters
-        centroids = fit_centroids(keys.pop(layer_idx).float(), clusters, seed=calibration.seed)
-        tensors[f"model.layers.{layer_idx}.self_attn.router.centroids"] = centroids
+        tensors[centroids_name(layer_idx)] = fit_centroids(keys.pop(layer_idx).float(), clusters, seed=seed)
     return tensors

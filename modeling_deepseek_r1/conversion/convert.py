@@ -4,26 +4,28 @@ No model is built: a conversion is a mapping of the configuration and a stream o
 against everything that the resulting model will have before the first byte is written.
 """
 
+import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
-from ..configuration.presets import preset_fields
-from .calibrate import Calibration, fit_routers, load_plain, router_tensors
-from .families import FAMILIES, LATENT_ATTENTION, MIXTURES, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
+from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
+from .calibrate import Calibration, fit_routers, load_plain, router_tensors, text_windows
+from .families import TARGET_MODEL_TYPE
 from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors
+from .recommend import Candidate, recommend
 from .report import ConversionReport, cache_size, describe_pattern, layer_attention
 from .source import GENERATION_FILE, LEGAL_FILES, TOKENIZER_FILES, FolderSource, Source, open_source
+from .target import AUTO, apply_pattern, plain_target, read_source_config
 from .tokenizer_files import (
     copy_tokenizer,
     find_files,
@@ -34,6 +36,7 @@ from .tokenizer_files import (
 )
 from .write import TensorInfo, atomic_folder, check_destination, clean_leftovers, write_weights
 
+CALIBRATION_FILE = "calibration.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,6 +49,7 @@ def convert_checkpoint(
     sliding_window: int | None = None,
     num_sink_tokens: int | None = None,
     num_clusters: int | None = None,
+    context_length: int | None = None,
     calibration: str | os.PathLike | Sequence[str | os.PathLike] | Calibration | None = None,
     gguf_file: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -64,10 +68,13 @@ def convert_checkpoint(
         source: folder with safetensors files, hub id, or GGUF file.
         destination: folder to be made; it appears only when it is complete.
         preset: a name from `configuration.presets.PRESETS`.
-        layer_types: one layer type per layer, or a pattern string such as `"SSSF"` that repeats over the layers.
+        layer_types: one layer type per layer, or a pattern string such as `"SSSF"` that repeats over the layers; or `"auto"`:
+            patterns of full, routed and local layers are tried on held-out text and one is chosen for the budget of
+            `calibration` (default: the cheapest whose perplexity rises by at most 3 %).
         sliding_window: tokens that a sliding layer sees, the current one included.
         num_sink_tokens: first tokens of a document that sliding layers see besides.
-        num_clusters: centroids per key/value head of routed layers; about one for every 128 tokens of the intended context.
+        num_clusters: centroids per key/value head of routed layers; default: one for every 128 tokens of `context_length`.
+        context_length: tokens that the result is meant to read; default: what the source was made for, at most 8,192.
         calibration: text to which the centroids of routed layers are fitted, in one pass of the source model over it (which
             takes the memory of that model): path or paths of UTF-8 files, or a [`Calibration`]; default: prose and code of
             Python's standard library. A routed source keeps its centroids unless this or `num_clusters` is given.
@@ -90,25 +97,62 @@ def convert_checkpoint(
     origin = open_source(source, gguf_file=gguf_file, revision=revision, token=token)
     source_config = read_source_config(origin)
     plain = plain_target(source_config, weights_dtype(origin, source_config, dtype))
-    target = apply_pattern(plain, preset, layer_types, sliding_window, num_sink_tokens, num_clusters)
-    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=calibration is not None)
-    calibration = as_calibration(calibration)
+    target = apply_pattern(
+        plain,
+        preset=preset,
+        layer_types=layer_types,
+        sliding_window=sliding_window,
+        num_sink_tokens=num_sink_tokens,
+        num_clusters=num_clusters,
+        context_length=context_length,
+    )
+    refit, calibration = calibration is not None or layer_types == AUTO, as_calibration(calibration)
+    routers, tried = None, []
+    if layer_types == AUTO and not dry_run:
+        check_destination(Path(destination).expanduser().resolve(), overwrite, origin.path)
+        target, routers, tried = _find_pattern(origin, target, calibration)
+    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
     report = build_report(origin, plain, target, plan, (source, destination), source_config.model_type)
     if getattr(origin, "quantized", None):
         report.warnings.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
-    fitted = None
-    if plan.fitted:
+    if layer_types == AUTO and dry_run:
         report.warnings.append(
-            f"the centroids of {len(plan.fitted) // 3} layers are fitted to {calibration.tokens:,} tokens of"
-            f" {', '.join(str(text) for text in calibration.texts)}"
+            "layer_types='auto': the sizes are those with every layer routed; the pattern is found while converting"
         )
+    if plan.fitted or tried:
+        report.calibration = {
+            "texts": [Path(text).name for text in calibration.texts],
+            "tokens": calibration.tokens_for(target),
+            "seed": calibration.seed,
+            "patterns": [asdict(candidate) for candidate in tried],
+        }
 
-        def fitted() -> dict[str, torch.Tensor]:
-            model = load_plain(target, list(expected_tensors(target)), origin.read)
-            return fit_routers(model, target, source_tokenizer(origin), calibration)
+    def fit() -> dict[str, torch.Tensor]:
+        return routers or _fit(origin, target, calibration)[1]
 
-    write_checkpoint(origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size, fitted)
+    write_checkpoint(
+        origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size, fit if plan.fitted else None
+    )
     return report
+
+
+def _fit(
+    origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
+) -> tuple[DeepseekR1ForCausalLM, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The plain model, the router tensors fitted on it, and the text that was not read for them."""
+    windows, held_out = text_windows(source_tokenizer(origin), calibration, calibration.tokens_for(target))
+    model = load_plain(target, list(expected_tensors(target)), origin.read)
+    return model, fit_routers(model, target, windows, calibration.seed), held_out
+
+
+def _find_pattern(
+    origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
+) -> tuple[DeepseekR1TextConfig, dict[str, torch.Tensor], list[Candidate]]:
+    """`target`, in which all layers are routed, with the pattern that keeps the budget; its router tensors; what was tried."""
+    model, routers, held_out = _fit(origin, target, calibration)
+    chosen, tried = recommend(model, target, routers, held_out, calibration)
+    target = DeepseekR1TextConfig.from_dict(target.to_dict() | {"layer_types": chosen.layer_types})
+    return target, {name: routers[name] for name in router_tensors(target)}, tried
 
 
 def as_calibration(value) -> Calibration:
@@ -129,88 +173,6 @@ def source_tokenizer(origin: Source):
     if not find_files(origin.path, TOKENIZER_FILES):
         raise ValueError(f"{origin.path} has no tokenizer, so no text can be read to fit centroids of routed layers")
     return AutoTokenizer.from_pretrained(origin.path)
-
-
-def read_source_config(origin: Source) -> PreTrainedConfig:
-    """The source's configuration object.
-
-    Raises:
-        ValueError: a model type that does not convert, or an invalid configuration.
-    """
-    model_type = origin.config.get("model_type")
-    if model_type in LATENT_ATTENTION:
-        raise ValueError(
-            f"model_type {model_type!r}: this library is not DeepSeek's own 671B model with latent attention; convert a"
-            " DeepSeek-R1-Distill-Qwen or DeepSeek-R1-Distill-Llama checkpoint instead"
-        )
-    if model_type in MIXTURES:
-        raise ValueError(f"model_type {model_type!r}: mixture-of-experts checkpoints are not supported in this version")
-    if model_type != TARGET_MODEL_TYPE and model_type not in FAMILIES:
-        supported = ", ".join([*FAMILIES, TARGET_MODEL_TYPE])
-        raise ValueError(f"model_type {model_type!r} of {origin.path} is not supported; supported: {supported}")
-    if model_type != TARGET_MODEL_TYPE and origin.config.get("per_layer_config"):
-        raise ValueError(f"{origin.path}: per_layer_config in a {model_type} checkpoint is not supported")
-    config_class = DeepseekR1TextConfig if model_type == TARGET_MODEL_TYPE else CONFIG_MAPPING[model_type]
-    try:
-        return config_class.from_dict(dict(origin.config))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{origin.path} has no valid {model_type} configuration: {error}") from error
-
-
-def plain_target(source_config: PreTrainedConfig, dtype: torch.dtype) -> DeepseekR1TextConfig:
-    """The configuration under which this library computes the source's function."""
-    if source_config.model_type == TARGET_MODEL_TYPE:
-        fields = source_config.to_dict()
-    else:
-        fields = target_fields(FAMILIES[source_config.model_type], source_config)
-        fields["source_model_type"] = source_config.model_type
-    fields |= {"architectures": [TARGET_ARCHITECTURE], "dtype": dtype}
-    try:
-        return DeepseekR1TextConfig.from_dict(fields)
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-
-
-def apply_pattern(
-    config: DeepseekR1TextConfig,
-    preset: str | None,
-    layer_types: list[str] | str | None,
-    sliding_window: int | None,
-    num_sink_tokens: int | None,
-    num_clusters: int | None = None,
-) -> DeepseekR1TextConfig:
-    """`config` with another attention pattern, or itself where none is asked for."""
-    wanted: dict[str, Any] = preset_fields(preset) if preset is not None else {}
-    fields = config.to_dict()
-    if layer_types is not None:
-        wanted["layer_types"] = layer_types if isinstance(layer_types, str) else list(layer_types)
-    if sliding_window is not None:
-        wanted["sliding_window"] = sliding_window
-    sparse = {"num_sink_tokens": num_sink_tokens, "num_clusters": num_clusters}
-    sparse = {name: value for name, value in sparse.items() if value is not None}
-    if sparse:
-        wanted["sparse_attention"] = {
-            **(fields.get("sparse_attention") or {}),
-            **(wanted.get("sparse_attention") or {}),
-            **sparse,
-        }
-    if not wanted:
-        return config
-    overrides = fields.pop("per_layer_config", None) or {}
-    kept = {layer: {k: v for k, v in values.items() if k not in wanted} for layer, values in overrides.items()}
-    fields["per_layer_config"] = {int(layer): values for layer, values in kept.items() if values} or None
-    try:
-        result = DeepseekR1TextConfig.from_dict(fields | wanted)
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-    given = [name for name, value in (("sliding_window", sliding_window), ("num_sink_tokens", num_sink_tokens)) if value]
-    if given and not set(result.layer_types) - {"full_attention"}:
-        raise ValueError(
-            f"{given[0]} has no effect: every layer is full_attention; give layer_types (such as 'SF') or a preset too"
-        )
-    if num_clusters is not None and "local_routed_attention" not in result.layer_types:
-        raise ValueError("num_clusters has no effect: no layer is local_routed_attention; give layer_types (such as 'RF') too")
-    return result
 
 
 def build_report(
@@ -286,6 +248,8 @@ def write_checkpoint(
         fitted = fit() if fit is not None else {}
         _stream_weights(origin, plan.tensors, fitted, folder, report, shard_bytes)
         config.save_pretrained(folder)
+        if report.calibration:
+            (folder / CALIBRATION_FILE).write_text(json.dumps(report.calibration, indent=2) + "\n", encoding="utf-8")
         _carry_files(origin, source_config, config.vocab_size, folder, report)
 
 

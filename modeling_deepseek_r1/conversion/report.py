@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ class ConversionReport:
         tokenizer: the tokenizer's files, or an empty list where the source has no tokenizer.
         dry_run: whether nothing was written.
         warnings: what deserves a look.
+        calibration: texts, number of tokens and seed that centroids were fitted with, and the patterns that were tried.
     """
 
     source: str
@@ -92,6 +94,7 @@ class ConversionReport:
     tokenizer: list[str] = field(default_factory=list)
     dry_run: bool = False
     warnings: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -113,6 +116,11 @@ class ConversionReport:
             ("tensors", f"{self.tensors_matched} matched, {self.tensors_cast} cast, {len(self.tensors_skipped)} skipped"),
             ("tokenizer", ", ".join(self.tokenizer) or "none in the source"),
         ]
+        if self.calibration:
+            rows.append(
+                ("centroids", f"fitted to {self.calibration['tokens']:,} tokens of {', '.join(self.calibration['texts'])}")
+            )
+            rows += [("pattern tried", _candidate_line(candidate)) for candidate in self.calibration["patterns"]]
         rows += [("skipped", line) for line in self.tensors_skipped] + [("warning", line) for line in self.warnings]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
@@ -170,6 +178,13 @@ def name_list(names: Iterable[str], limit: int = 40) -> str:
         lines.append(f"{head}{'{' if len(numbers) > 1 else ''}{','.join(numbers)}{'}' if len(numbers) > 1 else ''}{tail}")
     more = f", and {len(lines) - limit} more" if len(lines) > limit else ""
     return ", ".join(lines[:limit]) + more
+
+
+def _candidate_line(tried: dict[str, Any]) -> str:
+    return (
+        f"{tried['layer_types']}: perplexity {tried['perplexity']:.2f} ({tried['increase']:+.1%}), repeated passage"
+        f" {tried['copied']:.0%}, query-key products {tried['cost']:.0%}"
+    )
 
 
 def _cache_line(cache: CacheSize) -> str:

@@ -6,11 +6,12 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
-from .convert import as_dtype, build_report, read_source_config, weights_dtype, write_checkpoint
+from .convert import as_dtype, build_report, weights_dtype, write_checkpoint
 from .families import FAMILIES, TARGET_MODEL_TYPE, Family, family_obstacles, source_fields
 from .plan import plan_tensors
 from .report import ConversionReport
 from .source import open_source
+from .target import read_source_config
 
 PATTERN_FIELDS = ("layer_types", "sliding_window", "sparse_attention")
 

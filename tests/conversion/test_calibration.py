@@ -56,12 +56,12 @@ def test_fitting_repeats_and_a_routed_source_keeps_its_centroids(source, text, t
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     report = convert_checkpoint(tmp_path / "first", tmp_path / "wider", sliding_window=16)
-    assert not any("fitted" in warning for warning in report.warnings)
+    assert report.calibration is None
     wider = AutoModelForCausalLM.from_pretrained(tmp_path / "wider")
     assert wider.config.sliding_window == 16
     assert all(torch.equal(first[name], value) for name, value in wider.state_dict().items())
     report = convert_checkpoint(tmp_path / "first", tmp_path / "finer", num_clusters=7, calibration=text)
-    assert any("fitted" in warning for warning in report.warnings)
+    assert report.calibration["texts"] == ["text.txt"]
 
 
 def test_the_way_back_leaves_the_routers_out(source, text, tmp_path):

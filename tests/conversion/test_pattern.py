@@ -16,14 +16,14 @@ def source(tmp_path_factory):
 
 
 def test_preset_and_arguments_that_win_over_it(source, tmp_path):
-    report = convert_checkpoint(source, tmp_path / "a", preset="balanced", sliding_window=8, num_sink_tokens=2)
-    assert report.pattern == "2 x sliding_attention (8 tokens + 2 sink tokens), 2 x full_attention"
+    report = convert_checkpoint(source, tmp_path / "a", preset="low_latency", sliding_window=8, num_sink_tokens=2)
+    assert report.pattern == "4 x sliding_attention (8 tokens + 2 sink tokens)"
     assert not report.exact
     config = DeepseekR1TextConfig.from_pretrained(tmp_path / "a")
     assert (config.sliding_window, config.sparse_attention["num_sink_tokens"]) == (8, 2)
     assert_same_tensors(tmp_path / "a", source)
-    report = convert_checkpoint(source, tmp_path / "b", preset="balanced", layer_types="SSSF", dry_run=True)
-    assert report.pattern == "3 x sliding_attention (512 tokens + 32 sink tokens), 1 x full_attention"
+    report = convert_checkpoint(source, tmp_path / "b", preset="low_latency", layer_types="SSSF", dry_run=True)
+    assert report.pattern == "3 x sliding_attention (128 tokens + 32 sink tokens), 1 x full_attention"
 
 
 def test_layer_types_as_a_list(source, tmp_path):
@@ -57,7 +57,7 @@ def test_asking_for_the_pattern_that_is_there_is_exact(source, tmp_path):
 
 
 def test_overrides_of_single_layers_give_way_to_what_is_asked_for(source, tmp_path):
-    convert_checkpoint(source, tmp_path / "a", preset="balanced")
+    convert_checkpoint(source, tmp_path / "a", layer_types="SF", sliding_window=512, num_sink_tokens=32)
     file = tmp_path / "a" / "config.json"
     overrides = {"0": {"sliding_window": 16, "attention_dropout": 0.1}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"per_layer_config": overrides}))

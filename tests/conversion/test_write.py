@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_deepseek_r1.conversion import convert_checkpoint, source, to_dense
-from modeling_deepseek_r1.conversion.convert import plain_target
 from modeling_deepseek_r1.conversion.plan import expected_tensors
+from modeling_deepseek_r1.conversion.target import plain_target
 from modeling_deepseek_r1.conversion.write import TensorInfo, write_weights
 
 from .sources import assert_same_tensors, config_of, model_of, save
@@ -83,7 +83,7 @@ def test_killed_conversion_leaves_nothing_at_the_destination(llama, tmp_path):
 
 
 def test_killed_conversion_keeps_what_was_there(llama, tmp_path):
-    convert_checkpoint(llama, tmp_path / "converted", preset="balanced")
+    convert_checkpoint(llama, tmp_path / "converted", preset="low_latency")
     before = {path.name: path.read_bytes() for path in (tmp_path / "converted").iterdir()}
     killed_conversion(llama, tmp_path / "converted")
     assert {path.name: path.read_bytes() for path in (tmp_path / "converted").iterdir()} == before
@@ -173,7 +173,7 @@ def test_destinations_that_are_never_replaced(llama, tmp_path):
 
 def test_a_checkpoint_may_replace_itself(llama, tmp_path):
     convert_checkpoint(llama, tmp_path / "converted")
-    report = convert_checkpoint(tmp_path / "converted", tmp_path / "converted", preset="balanced", overwrite=True)
+    report = convert_checkpoint(tmp_path / "converted", tmp_path / "converted", preset="low_latency", overwrite=True)
     assert "sliding_attention" in report.pattern
     assert_same_tensors(tmp_path / "converted", llama)
 
@@ -186,10 +186,10 @@ def test_full_disk_is_said_before_writing(llama, tmp_path, monkeypatch):
 
 
 def test_dry_run_reads_headers_and_writes_nothing(llama, tmp_path, monkeypatch):
-    expected = convert_checkpoint(llama, tmp_path / "converted", preset="balanced").to_dict()
+    expected = convert_checkpoint(llama, tmp_path / "converted", preset="low_latency").to_dict()
     shutil.rmtree(tmp_path / "converted")
     monkeypatch.setattr(source.FolderSource, "read", lambda self, name: pytest.fail("a dry run read a tensor"))
-    report = convert_checkpoint(llama, tmp_path / "converted", preset="balanced", dry_run=True)
+    report = convert_checkpoint(llama, tmp_path / "converted", preset="low_latency", dry_run=True)
     assert report.to_dict() == expected | {"dry_run": True}
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     report = convert_checkpoint(llama, llama, dry_run=True)
