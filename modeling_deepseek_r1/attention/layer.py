@@ -89,6 +89,8 @@ class DeepseekR1Attention(nn.Module):
         routing = self.router(hidden_states, query, key) if self.router is not None else None
         if self.uses_rotary:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        # Under autocast norms and rotation give float32, and the kernels want queries, keys and values of one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if layout is None:
             output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
         else:

@@ -15,7 +15,7 @@ class DeepseekR1TrainingArguments(TrainingArguments):
         centroid_decay: share of the old centroid that an optimizer step keeps in routed layers; 1 leaves the centroids alone.
 
     Raises:
-        ValueError: a decay outside of [0, 1].
+        ValueError: a decay outside of [0, 1], or fp16 on a CPU.
     """
 
     centroid_decay: float = field(
@@ -31,3 +31,6 @@ class DeepseekR1TrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.centroid_decay <= 1:
             raise ValueError(f"centroid_decay={self.centroid_decay} must lie in [0, 1]")
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate has no loss scaling there and would train in float32 without a word.
+            raise ValueError("fp16=True: mixed precision in float16 needs an accelerator; on a CPU use bf16=True")

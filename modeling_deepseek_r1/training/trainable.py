@@ -61,6 +61,8 @@ def add_adapters(
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         raise ValueError(f"adapters for {unknown or 'nothing'}: choose some of {', '.join(TARGETS)}")
+    if targets == ["router"]:
+        raise ValueError("routers alone are trained as they are, without adapters; freeze everything else instead")
     if "experts" in targets and dropout:
         raise ValueError(f"adapters on fused experts cannot have dropout, and it is {dropout}")
     found = {target: _matching(model, target) for target in targets}

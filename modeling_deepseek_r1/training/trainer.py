@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, routers
@@ -107,7 +108,13 @@ class DeepseekR1Trainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        files = [folder / name for name in _weight_files(folder)]
+        if files and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            # The parent reads config.json by the base class, which refuses layer types that it does not know.
+            _load_whole(self.model if model is None else model, files)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         moved, file = self._moved_buffers(), Path(resume_from_checkpoint, BUFFERS_FILE)
         if moved and file.is_file():
             for name, saved in load_file(file).items():
@@ -119,6 +126,35 @@ class DeepseekR1Trainer(Trainer):
             return {}
         names = dict(self.model.named_buffers())
         return {name: names[name] for name in self.model.state_dict() if name in names}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the weights of a whole model; none for an adapter."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else []
+
+
+def _load_whole(model: nn.Module, files: list[Path]) -> None:
+    """Loads weights and buffers, one file at a time.
+
+    Raises:
+        ValueError: a tensor of the model or of the files that the other one lacks.
+    """
+    own, loaded = model.state_dict(), set()
+    for file in files:
+        state = load_file(file)
+        model.load_state_dict(state, strict=False)
+        loaded |= set(state)
+    # Of tied weights one is stored.
+    places = {own[name].data_ptr() for name in loaded & set(own)}
+    missing = [name for name, tensor in own.items() if name not in loaded and tensor.data_ptr() not in places]
+    if missing or loaded - set(own):
+        raise ValueError(
+            f"{files[0].parent} is no checkpoint of this model: it lacks {missing[:3]}, and the model lacks"
+            f" {sorted(loaded - set(own))[:3]}"
+        )
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
