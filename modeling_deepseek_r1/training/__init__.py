@@ -2,6 +2,8 @@
 
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
+from .recipe import Recipe
+from .run import TrainingReport, train_checkpoint
 from .steps import StatisticsStep, step_statistics
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
@@ -10,11 +12,14 @@ __all__ = [
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
+    "Recipe",
     "StatisticsStep",
     "TrainableReport",
+    "TrainingReport",
     "add_adapters",
     "freeze",
     "last_checkpoint",
     "move_centroids",
     "step_statistics",
+    "train_checkpoint",
 ]
