@@ -19,7 +19,7 @@ from ..data import (
     make_encoder,
     open_data,
 )
-from ..data.encode import TASKS, find_labels
+from ..data.encode import find_labels
 from .recipe import Recipe
 
 
@@ -75,6 +75,9 @@ def prepare_data(recipe: Recipe, tokenizer, label_names: list[str] | None = None
             train, aside = train.split(recipe.eval_share, recipe.seed)
         rows = _rows(recipe, train, "training")
         counts = {"documents": len(train), "tokens": train.num_tokens}
+        long = sum(length > recipe.length for length in train.lengths)
+        if long and recipe.packing == "none":
+            notes.append(f"{long} documents will be cut to {recipe.length} tokens; packing keeps what is behind them")
     collate = CausalCollator(tokenizer, recipe.length)
     if recipe.packing != "none":
         collate = PackedCollator(tokenizer.pad_token_id, recipe.length)
@@ -92,7 +95,7 @@ def _task(recipe: Recipe, records: Records) -> str:
     found = data_task(records.first())
     if recipe.task == "auto":
         return found
-    if TASKS.index(recipe.task) != TASKS.index(found) and recipe.task != "text":
+    if recipe.task not in (found, "text"):
         raise ValueError(f"{records.first().where} is data for the task {found!r}, not {recipe.task!r}")
     return recipe.task
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, set_seed
@@ -85,14 +86,16 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     recipe.check()
     output = Path(recipe.output).expanduser().resolve()
     check_destination(output, overwrite, Path(recipe.model))
-    notes = clean_leftovers(output)
     config = _config(recipe)
     tokenizer = load_tokenizer(recipe.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     arguments = _arguments(recipe, output)
+    notes = clean_leftovers(output) if arguments.process_index == 0 else []
     data = prepare_data(recipe, tokenizer, _known_labels(config))
-    checkpoint = _enter_run_folder(recipe, data, Path(arguments.output_dir), resume, overwrite)
+    checkpoint = _checkpoint_of_run(recipe, data, Path(arguments.output_dir), resume, overwrite)
+    if not resume and arguments.process_index == 0:
+        _begin_run_folder(recipe, data, Path(arguments.output_dir))
     set_seed(recipe.seed)
     model, trained = _model(recipe, data)
     arguments.prediction_loss_only = data.task != "classification"
@@ -112,6 +115,8 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
         if data.task != "classification":
             metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
     steps, history = trainer.state.global_step, trainer.state.log_history
+    speeds = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
+    metrics |= {"train_tokens_per_second": speeds[-1]} if speeds else {}
     report = TrainingReport(
         str(output), data.task, data.documents, data.tokens, trained.summary(), steps, metrics, history, [*notes, *data.notes]
     )
@@ -175,36 +180,42 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "save_steps": recipe.save_steps,
         "save_total_limit": recipe.keep,
         "report_to": recipe.report_to,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})
 
 
-def _enter_run_folder(recipe: Recipe, data: TrainingData, folder: Path, resume: bool, overwrite: bool) -> Path | None:
-    """Checks or begins the run folder; returns the checkpoint to resume from."""
-    size = {"documents": data.documents, "tokens": data.tokens}
+def _checkpoint_of_run(recipe: Recipe, data: TrainingData, folder: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to resume from; without `resume`, None where the run folder may be begun."""
     file, checkpoint = folder / RECIPE_FILE, last_checkpoint(folder)
-    if resume:
-        if checkpoint is None:
-            raise ValueError(f"there is nothing to resume: {folder} holds no complete checkpoint")
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differences = recipe.differences(before["settings"])
-        if before["size"] != size:
-            differences.append(f"the data has {size} (had {before['size']})")
-        if differences:
-            raise ValueError(f"this is not the run that was interrupted: {'; '.join(differences)}")
-        return checkpoint
-    if folder.exists() and any(folder.iterdir()):
-        if not file.is_file():
+    if not resume:
+        if folder.exists() and any(folder.iterdir()) and not file.is_file():
             raise FileExistsError(f"{folder} is not empty and no folder of a training run; choose another output")
         if checkpoint is not None and not overwrite:
             raise FileExistsError(
                 f"{folder} holds checkpoints of an earlier run; go on with resume, or replace it with overwrite"
             )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format_version": FORMAT_VERSION, "settings": recipe.to_dict(), "size": size}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return None
+        return None
+    if checkpoint is None:
+        raise ValueError(f"there is nothing to resume: {folder} holds no complete checkpoint")
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differences = recipe.differences(before["settings"])
+    if before["size"] != _size(data):
+        differences.append(f"the data has {_size(data)} (had {before['size']})")
+    if differences:
+        raise ValueError(f"this is not the run that was interrupted: {'; '.join(differences)}")
+    return checkpoint
+
+
+def _begin_run_folder(recipe: Recipe, data: TrainingData, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    content = {"format_version": FORMAT_VERSION, "settings": recipe.to_dict(), "size": _size(data)}
+    (folder / RECIPE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _size(data: TrainingData) -> dict[str, int | None]:
+    return {"documents": data.documents, "tokens": data.tokens}
 
 
 def _model(recipe: Recipe, data: TrainingData) -> tuple[nn.Module, TrainableReport]:

@@ -24,8 +24,8 @@ class DeepseekR1Trainer(Trainer):
     """transformers' Trainer, and besides:
 
     - The centroids of routed layers follow the keys (`CentroidUpdate`), and modules with `step_statistics` get their step.
-    - Every part of the loss that the model's output has (`loss_parts`, or `aux_loss` alone) is logged, as a sum over the
-      micro-batches of a step like the loss, and what it tells about utilisation (`utilisation`) as a mean.
+    - Every part of the loss is logged: `loss_parts` of the model's output, a dictionary whose entries add up to the loss, as sums
+      over the micro-batches of a step; `utilisation`, a dictionary, and single numbers such as `aux_loss`, as means.
     - Label smoothing shifts the labels, divides by the items of the whole step, and keeps the auxiliary losses. It acts in
       training only: the loss of an evaluation stays the one that perplexity is made of.
     - A run with an adapter resumes with the centroids that it had: a PEFT checkpoint does not hold them.
@@ -39,12 +39,13 @@ class DeepseekR1Trainer(Trainer):
         self._parts: dict[str, torch.Tensor] = {}
         self._part_counts: dict[str, int] = {}
         self._first_step = 0
-        self._add_missing(CentroidUpdate, routers(self.model) and getattr(args, "centroid_decay", 1.0) < 1)
-        self._add_missing(StatisticsStep, True)
+        if routers(self.model) and args.centroid_decay < 1:
+            self._add_missing(CentroidUpdate(args.centroid_decay))
+        self._add_missing(StatisticsStep())
 
-    def _add_missing(self, callback: type[TrainerCallback], wanted: Any) -> None:
-        if wanted and not any(isinstance(present, callback) for present in self.callback_handler.callbacks):
-            self.add_callback(callback(self.args.centroid_decay) if callback is CentroidUpdate else callback())
+    def _add_missing(self, callback: TrainerCallback) -> None:
+        if not any(isinstance(present, type(callback)) for present in self.callback_handler.callbacks):
+            self.add_callback(callback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's own loss, smoothed in training if asked for; its parts are remembered for the log."""
@@ -76,16 +77,15 @@ class DeepseekR1Trainer(Trainer):
         return terms.sum() / num_items_in_batch * ranks
 
     def _remember(self, outputs) -> None:
-        parts = getattr(outputs, "loss_parts", None)
-        if parts is None:
-            aux_loss = getattr(outputs, "aux_loss", None)
-            parts = {"aux_loss": aux_loss} if aux_loss is not None else {}
+        parts = getattr(outputs, "loss_parts", None) or {}
+        means = {name: value for name, value in outputs.items() if name != "loss" and getattr(value, "ndim", None) == 0}
+        means |= getattr(outputs, "utilisation", None) or {}
         if not self._parts:
             self._first_step = self.state.global_step
-        for name, value in [*parts.items(), *(getattr(outputs, "utilisation", None) or {}).items()]:
+        for name, value in [*parts.items(), *means.items()]:
             value = torch.as_tensor(value).detach().float()
             self._parts[name] = self._parts[name] + value if name in self._parts else value
-            self._part_counts[name] = self._part_counts.get(name, 0) + (0 if name in parts else 1)
+            self._part_counts[name] = self._part_counts.get(name, 0) + (name in means)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss since the last line, averaged over steps and ranks."""

@@ -125,6 +125,12 @@ def test_a_stream(source, text, tmp_path):
     assert report_of(tmp_path / "out")["tokens"] is None
 
 
+def test_without_packing_long_documents_are_cut_with_a_note(source, text, tmp_path, capsys):
+    assert train(source, text, "--output", tmp_path / "out", *SHORT, "--length", 50, "--packing", "none") == 0
+    assert "5 documents will be cut to 50 tokens" in capsys.readouterr().out
+    assert report_of(tmp_path / "out")["metrics"]["train_tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize("option", ["--streaming", "--no-streaming"])
 def test_an_interrupted_run_resumes_to_the_same_weights(option, source, text, tmp_path, monkeypatch, capsys):
     common = [*SHORT, "--max-steps", 8, "--save-steps", 3, option, "--freeze", "*.mlp.*"]
@@ -228,6 +234,14 @@ def test_other_models_are_refused_with_the_way_there(tmp_path, capsys):
     for model, what in ((folder, "is a llama checkpoint"), (tmp_path / "x.gguf", "is a GGUF file")):
         assert train(model, tmp_path / "a.txt", "--output", tmp_path / "out") == 1
         assert f"{what}; " in (error := capsys.readouterr().err) and "deepseek-r1 convert" in error
+
+
+def test_a_run_folder_that_is_something_else_stays(source, text, tmp_path, capsys):
+    (tmp_path / "out-run").mkdir()
+    (tmp_path / "out-run" / "diary.txt").write_text("mine")
+    assert train(source, text, "--output", tmp_path / "out", *SHORT, "--overwrite") == 1
+    assert "is not empty and no folder of a training run" in capsys.readouterr().err
+    assert (tmp_path / "out-run" / "diary.txt").read_text() == "mine"
 
 
 def test_bad_values_are_rejected_by_the_parser(capsys):

@@ -121,12 +121,12 @@ def test_parts_of_the_loss_are_logged_and_add_up(tmp_path):
     assert "balance" not in trainer.evaluate()
 
 
-def test_an_aux_loss_alone_is_logged(tmp_path):
-    model = tiny_model("mixed")
-    model.register_forward_hook(lambda module, args, output: setattr(output, "aux_loss", torch.tensor(0.25)))
-    trainer = make_trainer(model, tmp_path)
+def test_single_numbers_of_the_output_are_logged_as_means(tmp_path):
+    model, values = tiny_model("mixed"), iter(range(8))
+    model.register_forward_hook(lambda module, args, output: output.__setitem__("aux_loss", torch.tensor(float(next(values)))))
+    trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=2, logging_steps=2)
     trainer.train()
-    assert [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.25] * 4
+    assert [entry["aux_loss"] for entry in trainer.state.log_history if "loss" in entry] == [1.5, 5.5]
 
 
 def test_centroids_follow_unless_told_otherwise(tmp_path):
