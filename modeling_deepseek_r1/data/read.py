@@ -72,19 +72,17 @@ def open_data(
     for source in sources:
         if not isinstance(source, (str, Path)):
             names.append(type(source).__name__)
-            parts.append(lambda source=source, name=names[-1]: _numbered(source, name))
+            parts.append(lambda rows=source, name=names[-1]: _numbered(rows, name))
             continue
         names.append(str(source))
-        path = Path(source).expanduser()
+        files = [path := Path(source).expanduser()]
         if path.is_dir() and not _is_saved_dataset(path):
             files, left_out = _files_below(path)
             notes += left_out
-        elif path.is_file():
-            files = [path]
+        if all(file.is_file() for file in files):
+            parts += [lambda file=file: _read_file(file) for file in _known(files)]
         else:
             parts.append(_open_dataset(str(source), path, split, subset, streaming))
-            continue
-        parts += [lambda file=file: _read_file(file) for file in _known(files)]
     if text_column != "text":
         parts = [lambda part=part: _renamed(part(), text_column) for part in parts]
     return Records(parts, names, notes)

@@ -85,38 +85,23 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     """
     recipe.check()
     output = Path(recipe.output).expanduser().resolve()
+    arguments = _arguments(recipe, output)
+    notes = clean_leftovers(output) if arguments.process_index == 0 else []
     check_destination(output, overwrite, Path(recipe.model))
     config = _config(recipe)
     tokenizer = load_tokenizer(recipe.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    arguments = _arguments(recipe, output)
-    notes = clean_leftovers(output) if arguments.process_index == 0 else []
     data = prepare_data(recipe, tokenizer, _known_labels(config))
     checkpoint = _checkpoint_of_run(recipe, data, Path(arguments.output_dir), resume, overwrite)
     if not resume and arguments.process_index == 0:
         _begin_run_folder(recipe, data, Path(arguments.output_dir))
     set_seed(recipe.seed)
     model, trained = _model(recipe, data)
-    arguments.prediction_loss_only = data.task != "classification"
     use_cache = model.config.use_cache
-    trainer = DeepseekR1Trainer(
-        model,
-        arguments,
-        data_collator=data.collate,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=tokenizer,
-        compute_metrics=_accuracy if data.task == "classification" else None,
-    )
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    if data.evaluation is not None:
-        metrics |= trainer.evaluate()
-        if data.task != "classification":
-            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+    trainer = _trainer(model, arguments, data, tokenizer)
+    metrics = _fit(trainer, data, checkpoint)
     steps, history = trainer.state.global_step, trainer.state.log_history
-    speeds = [entry["train_tokens_per_second"] for entry in history if "train_tokens_per_second" in entry]
-    metrics |= {"train_tokens_per_second": speeds[-1]} if speeds else {}
     report = TrainingReport(
         str(output), data.task, data.documents, data.tokens, trained.summary(), steps, metrics, history, [*notes, *data.notes]
     )
@@ -125,6 +110,31 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
         model.config.use_cache = use_cache
         _write(recipe, report, model, tokenizer, output)
     return report
+
+
+def _trainer(model: nn.Module, arguments: DeepseekR1TrainingArguments, data: TrainingData, tokenizer) -> DeepseekR1Trainer:
+    arguments.prediction_loss_only = data.task != "classification"
+    return DeepseekR1Trainer(
+        model,
+        arguments,
+        data_collator=data.collate,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        compute_metrics=_accuracy if data.task == "classification" else None,
+    )
+
+
+def _fit(trainer: DeepseekR1Trainer, data: TrainingData, checkpoint: Path | None) -> dict[str, float]:
+    """Trains and evaluates; returns what was measured."""
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if data.evaluation is not None:
+        metrics |= trainer.evaluate()
+        if data.task != "classification":
+            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+    name = "train_tokens_per_second"
+    speeds = [entry[name] for entry in trainer.state.log_history if name in entry]
+    return metrics | ({name: speeds[-1]} if speeds else {})
 
 
 def _config(recipe: Recipe) -> PreTrainedConfig:

@@ -55,7 +55,22 @@ def add_adapters(
         ValueError: an unknown target, one that matches nothing, or impossible numbers.
     """
     peft = _import_peft()
-    targets = list(dict.fromkeys(targets))
+    found = _find_targets(model, list(dict.fromkeys(targets)), rank, dropout)
+    task = getattr(model, "score", None) is not None
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=[name for target in ("attention", "mlp") for name in found.get(target, ())],
+        target_parameters=found.get("experts"),
+        modules_to_save=[*found.get("router", ()), *(["score"] if task else [])] or None,
+        task_type="SEQ_CLS" if task else "CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(model, config)
+    return adapted, _report(adapted, {target: len(names) for target, names in found.items()})
+
+
+def _find_targets(model: nn.Module, targets: list[str], rank: int, dropout: float) -> dict[str, list[str]]:
     if rank < 1:
         raise ValueError(f"the rank of the adapters, {rank}, must be at least 1")
     unknown = [target for target in targets if target not in TARGETS]
@@ -71,18 +86,7 @@ def add_adapters(
             raise ValueError(
                 f"adapters for {target!r}: the model has no {' or '.join(TARGETS[target])}; leave out {target!r} or choose others"
             )
-    task = getattr(model, "score", None) is not None
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules=[name for target in ("attention", "mlp") for name in found.get(target, ())],
-        target_parameters=found.get("experts"),
-        modules_to_save=[*found.get("router", ()), *(["score"] if task else [])] or None,
-        task_type="SEQ_CLS" if task else "CAUSAL_LM",
-    )
-    adapted = peft.get_peft_model(model, config)
-    return adapted, _report(adapted, {target: len(names) for target, names in found.items()})
+    return found
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> TrainableReport:
