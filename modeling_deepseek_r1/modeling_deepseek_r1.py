@@ -343,9 +343,14 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 class DeepseekR1ForSequenceClassification(GenericForSequenceClassification, DeepseekR1PreTrainedModel):
     """The decoder with a classification head on the last real token of each row."""
 
+    # Its loss is a mean over the batch, which a Trainer must divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
 
 class DeepseekR1ForTokenClassification(GenericForTokenClassification, DeepseekR1PreTrainedModel):
     """The decoder with a classification head on every token."""
+
+    accepts_loss_kwargs = False
 
 
 class DeepseekR1ForQuestionAnswering(GenericForQuestionAnswering, DeepseekR1PreTrainedModel):

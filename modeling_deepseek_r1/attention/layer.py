@@ -101,7 +101,8 @@ class DeepseekR1Attention(nn.Module):
         routing = self.router(hidden_states, query, key) if self.router is not None else None
         if self.uses_rotary:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        return query, key, value, routing
+        # Under autocast norms and rotation give float32, and the kernels want queries, keys and values of one dtype.
+        return query.to(value.dtype), key.to(value.dtype), value, routing
 
     def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | None):
         positions, documents, held = layout.positions, layout.documents, None

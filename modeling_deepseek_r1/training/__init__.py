@@ -1,5 +1,25 @@
-"""Training: callbacks for any Trainer."""
+"""Training: callbacks for any Trainer, a Trainer that has them all, and whole runs from a recipe."""
 
+from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
+from .recipe import Recipe
+from .run import TrainingReport, train_checkpoint
+from .steps import StatisticsStep, step_statistics
+from .trainable import TrainableReport, add_adapters, freeze
+from .trainer import DeepseekR1Trainer, last_checkpoint
 
-__all__ = ["CentroidUpdate", "move_centroids"]
+__all__ = [
+    "CentroidUpdate",
+    "DeepseekR1Trainer",
+    "DeepseekR1TrainingArguments",
+    "Recipe",
+    "StatisticsStep",
+    "TrainableReport",
+    "TrainingReport",
+    "add_adapters",
+    "freeze",
+    "last_checkpoint",
+    "move_centroids",
+    "step_statistics",
+    "train_checkpoint",
+]

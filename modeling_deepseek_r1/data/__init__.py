@@ -1,0 +1,25 @@
+"""Training data: files and datasets in, tokenised and packed rows out."""
+
+from .collate import CausalCollator, PackedCollator
+from .documents import Documents, DocumentStream
+from .encode import ChatEncoder, ClassificationEncoder, TextEncoder, data_task, make_encoder
+from .pack import PackedDocuments, PackedStream, pack_pieces
+from .read import Record, Records, open_data
+
+__all__ = [
+    "CausalCollator",
+    "ChatEncoder",
+    "ClassificationEncoder",
+    "DocumentStream",
+    "Documents",
+    "PackedCollator",
+    "PackedDocuments",
+    "PackedStream",
+    "Record",
+    "Records",
+    "TextEncoder",
+    "data_task",
+    "make_encoder",
+    "open_data",
+    "pack_pieces",
+]

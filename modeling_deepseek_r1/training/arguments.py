@@ -1,0 +1,36 @@
+"""Arguments of a training run."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DeepseekR1TrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with what only these models have.
+
+    Tokens are counted by default, without padding, so that every line of the log has tokens per second.
+
+    Args:
+        centroid_decay: share of the old centroid that an optimizer step keeps in routed layers; 1 leaves the centroids alone.
+
+    Raises:
+        ValueError: a decay outside of [0, 1], or fp16 on a CPU.
+    """
+
+    centroid_decay: float = field(
+        default=0.99,
+        metadata={"help": "Share of the old centroid that an optimizer step keeps in routed layers; 1 = they stay."},
+    )
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding",
+        metadata={"help": "Whether to count the tokens seen, for tokens per second: all, non_padding or no."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.centroid_decay <= 1:
+            raise ValueError(f"centroid_decay={self.centroid_decay} must lie in [0, 1]")
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate has no loss scaling there and would train in float32 without a word.
+            raise ValueError("fp16=True: mixed precision in float16 needs an accelerator; on a CPU use bf16=True")

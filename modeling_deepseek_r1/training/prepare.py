@@ -1,0 +1,132 @@
+"""The data of a recipe, ready for a Trainer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from ..data import (
+    CausalCollator,
+    Documents,
+    DocumentStream,
+    PackedCollator,
+    PackedDocuments,
+    PackedStream,
+    Records,
+    data_task,
+    make_encoder,
+    open_data,
+)
+from ..data.encode import find_labels
+from .recipe import Recipe
+
+
+@dataclass
+class TrainingData:
+    """What a Trainer needs of the data.
+
+    Attributes:
+        task: one of `data.encode.TASKS`.
+        train, evaluation: datasets; no evaluation if none was asked for.
+        collate: makes batches of their rows.
+        label_names: of a classification.
+        documents, tokens: counts of what is trained on; None for a stream.
+        notes: a line for everything that was left out or cut.
+    """
+
+    task: str
+    train: Any
+    evaluation: Any
+    collate: Callable
+    label_names: list[str] = field(default_factory=list)
+    documents: int | None = None
+    tokens: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_data(recipe: Recipe, tokenizer, label_names: list[str] | None = None) -> TrainingData:
+    """Reads, tokenises, splits and packs.
+
+    Args:
+        recipe: its settings about data.
+        tokenizer: the checkpoint's, with a padding token.
+        label_names: classes that the checkpoint knows already; default: those of the recipe, or of the data.
+
+    Raises:
+        ValueError, OSError: data that is missing, damaged, empty or too short; see `data.open_data` and the encoders.
+    """
+    records = _open(recipe, recipe.data)
+    task = _task(recipe, records)
+    evaluation = _open(recipe, recipe.eval_data) if recipe.eval_data else None
+    notes = [*records.notes, *(evaluation.notes if evaluation is not None else ())]
+    if task == "classification":
+        return _classification(recipe, tokenizer, records, evaluation, label_names, notes)
+    encode = make_encoder(task, tokenizer, max_length=recipe.length)
+    aside = _documents(evaluation, encode, "evaluation") if evaluation is not None else None
+    if recipe.streaming:
+        train = DocumentStream(records, encode, shuffle_buffer=recipe.shuffle_buffer, seed=recipe.seed, repeat=True)
+        rows = train if recipe.packing == "none" else PackedStream(train, recipe.length, recipe.packing)
+        counts: dict[str, int] = {}
+    else:
+        train = _documents(records, encode, "training")
+        if recipe.eval_share:
+            train, aside = train.split(recipe.eval_share, recipe.seed)
+        rows = _rows(recipe, train, "training")
+        counts = {"documents": len(train), "tokens": train.num_tokens}
+        long = sum(length > recipe.length for length in train.lengths)
+        if long and recipe.packing == "none":
+            notes.append(f"{long} documents will be cut to {recipe.length} tokens; packing keeps what is behind them")
+    collate = CausalCollator(tokenizer, recipe.length)
+    if recipe.packing != "none":
+        collate = PackedCollator(tokenizer.pad_token_id, recipe.length)
+    evaluated = _rows(recipe, aside, "evaluation") if aside is not None else None
+    return TrainingData(task, rows, evaluated, collate, notes=[*notes, *encode.notes], **counts)
+
+
+def _open(recipe: Recipe, sources: list[str]) -> Records:
+    return open_data(
+        sources, split=recipe.split, subset=recipe.subset, streaming=recipe.streaming, text_column=recipe.text_column
+    )
+
+
+def _task(recipe: Recipe, records: Records) -> str:
+    found = data_task(records.first())
+    if recipe.task == "auto":
+        return found
+    if recipe.task not in (found, "text"):
+        raise ValueError(f"{records.first().where} is data for the task {found!r}, not {recipe.task!r}")
+    return recipe.task
+
+
+def _documents(records: Records, encode: Callable, what: str) -> Documents:
+    progress = tqdm(records, desc=f"tokenising {what} data", unit=" records", leave=False)
+    documents = Documents(example for record in progress for example in encode(record))
+    if not len(documents):
+        raise ValueError(f"{', '.join(records.names)}: no {what} data is left: {'; '.join(encode.notes) or 'it is empty'}")
+    return documents
+
+
+def _rows(recipe: Recipe, documents: Documents, what: str) -> Any:
+    rows = documents if recipe.packing == "none" else PackedDocuments(documents, recipe.length, recipe.packing)
+    # The first token of a document has nothing before it that it could be predicted from.
+    if not any(label != -100 for number in range(len(rows)) for label in rows[number]["labels"][1:]):
+        raise ValueError(f"the {what} texts are too short: none has a second token that could be learned")
+    return rows
+
+
+def _classification(recipe: Recipe, tokenizer, records: Records, evaluation, known: list[str] | None, notes) -> TrainingData:
+    if recipe.streaming:
+        raise ValueError("a classification cannot be streamed: its classes and texts are read before")
+    names = known or recipe.labels or find_labels(records)
+    encode = make_encoder("classification", tokenizer, max_length=recipe.length, label_names=names)
+    examples = [example for record in tqdm(records, desc="tokenising", leave=False) for example in encode(record)]
+    aside = [example for record in evaluation for example in encode(record)] if evaluation is not None else None
+    if recipe.eval_share:
+        numbers = Documents({"input_ids": [number]} for number in range(len(examples)))
+        parts = numbers.split(recipe.eval_share, recipe.seed)
+        examples, aside = ([examples[one["input_ids"][0]] for one in part] for part in parts)
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    collate = DataCollatorWithPadding(tokenizer)
+    return TrainingData("classification", examples, aside, collate, names, len(examples), tokens, [*notes, *encode.notes])

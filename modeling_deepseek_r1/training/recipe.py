@@ -1,0 +1,186 @@
+"""A training run as a list of settings, from a YAML file and a command line."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .trainable import TARGETS
+
+
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of `train_checkpoint`; each is an argument of the command `train` and a key of a recipe file."""
+
+    model: str = _setting("", "checkpoint folder or hub id")
+    data: list[str] = _setting([], "files (.txt .md .py .jsonl .csv .parquet), folders or hub datasets")
+    output: str = _setting("", "folder to be made; it appears only when it is complete", metavar="DIR")
+
+    task: Literal["auto", "text", "chat", "classification"] = _setting(
+        "auto", "what is learned; auto: by the columns of the data"
+    )
+    split: str = _setting("train", "split of a hub dataset")
+    subset: str | None = _setting(None, "configuration of a hub dataset")
+    text_column: str = _setting("text", "column with the text")
+    eval_data: list[str] = _setting([], "data to evaluate on, in the form of DATA", metavar="DATA")
+    eval_share: float = _setting(0.0, "share of the documents set aside to evaluate on, from 0 to 1")
+    length: int = _setting(1024, "tokens of a row, or of a text to classify, at most", metavar="TOKENS")
+    packing: Literal["best_fit", "concatenate", "none"] = _setting("best_fit", "how documents share rows; none: padded batches")
+    streaming: bool = _setting(False, "read the data while training instead of before; needs --max-steps")
+    shuffle_buffer: int = _setting(1000, "records that a stream chooses from", metavar="RECORDS")
+    labels: list[str] = _setting([], "classes in order (default: all that the data has)", metavar="NAME")
+
+    epochs: float = _setting(1.0, "passes over the data")
+    max_steps: int | None = _setting(None, "optimizer steps; wins over --epochs", metavar="N")
+    batch_size: int = _setting(1, "rows per device and forward", metavar="ROWS")
+    accumulation: int = _setting(8, "forwards per optimizer step", metavar="N")
+    learning_rate: float = _setting(2e-5, "highest learning rate; 10 times as much suits adapters")
+    warmup: float = _setting(0.03, "share of the steps during which the learning rate rises")
+    schedule: str = _setting("cosine", "how the learning rate falls, by transformers' names")
+    weight_decay: float = _setting(0.0, "of AdamW")
+    label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary")
+    seed: int = _setting(0, "of data order, splits, dropout and adapters")
+
+    dtype: Literal["float32", "bfloat16"] = _setting("float32", "of the weights while training")
+    precision: Literal["no", "bf16", "fp16"] = _setting("no", "mixed precision of the computation; fp16 needs an accelerator")
+    checkpointing: bool = _setting(False, "compute activations again in the backward pass to save memory")
+    lora_rank: int | None = _setting(None, "train adapters of this rank instead of the weights, and merge them", metavar="R")
+    lora_targets: list[str] = _setting(
+        ["attention"], f"parts that get adapters: {', '.join(TARGETS)}", metavar="PART", comma=True
+    )
+    lora_alpha: float | None = _setting(None, "adapters are scaled by alpha / rank (default: twice the rank)")
+    lora_dropout: float = _setting(0.0, "dropout before the adapters")
+    freeze: list[str] = _setting([], "leave parameters alone whose names match, e.g. 'model.embed_tokens.*'", metavar="PATTERN")
+
+    log_steps: int = _setting(10, "optimizer steps between lines of the log", metavar="N")
+    eval_steps: int | None = _setting(None, "optimizer steps between evaluations (default: at the end)", metavar="N")
+    save_steps: int = _setting(500, "optimizer steps between checkpoints to resume from", metavar="N")
+    keep: int = _setting(2, "checkpoints that are kept", metavar="N")
+    report_to: list[str] = _setting([], "log to, e.g. tensorboard, trackio, wandb", metavar="NAME")
+    arguments: dict[str, Any] = _setting({}, "any field of transformers' TrainingArguments", metavar="NAME=VALUE")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """Reads a YAML file.
+
+        Raises:
+            OSError: no such file.
+            ValueError: it is not a YAML mapping, or as `changed`.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a YAML file: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold settings as `name: value`, not {type(content).__name__}")
+        return cls().changed({str(name).replace("-", "_"): value for name, value in content.items()}, where=str(path))
+
+    def changed(self, values: Mapping[str, Any], where: str = "settings") -> "Recipe":
+        """With other values for some settings.
+
+        Raises:
+            ValueError: an unknown setting, or a value of the wrong type.
+        """
+        wanted = typing.get_type_hints(type(self))
+        checked = {}
+        for name, value in values.items():
+            if name not in wanted:
+                close = difflib.get_close_matches(name, wanted, 1)
+                raise ValueError(f"{where}: there is no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+            checked[name] = _converted(value, wanted[name], f"{where}: {name}")
+        return replace(self, **checked)
+
+    def check(self) -> None:
+        """Raises ValueError for what is missing or cannot be."""
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: give it in the recipe or on the command line")
+        for name in ("length", "batch_size", "accumulation", "log_steps", "save_steps", "keep"):
+            if getattr(self, name) < (2 if name == "length" else 1):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {2 if name == 'length' else 1}")
+        for name in ("max_steps", "eval_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.eval_share < 1 or (self.eval_share and self.eval_data):
+            raise ValueError(f"eval_share={self.eval_share} must lie in [0, 1), and be 0 beside eval_data")
+        if self.epochs <= 0 or self.learning_rate < 0 or not 0 <= self.warmup < 1 or not 0 <= self.label_smoothing < 1:
+            raise ValueError("epochs must be above 0, learning_rate 0 or more, warmup in [0, 1), label_smoothing in [0, 1)")
+        if self.streaming and (not self.max_steps or self.eval_share):
+            raise ValueError(
+                "streaming needs max_steps, as nobody knows the data's length, and eval_data instead of eval_share"
+            )
+        if self.lora_rank is not None and self.freeze:
+            raise ValueError("freeze and lora_rank exclude each other: with adapters everything else is frozen already")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What makes this another run than one with the settings `other`, apart from how it is watched."""
+        watching = {"output", "log_steps", "eval_steps", "save_steps", "keep", "report_to"}
+        mine = json.loads(json.dumps(self.to_dict()))
+        return [
+            f"{name}={mine[name]!r} (was {other.get(name)!r})"
+            for name in mine
+            if name not in watching and mine[name] != other.get(name)
+        ]
+
+
+def setting_fields() -> list[tuple[str, Any, Any, dict[str, Any]]]:
+    """Name, type, default and metadata of every setting."""
+    hints = typing.get_type_hints(Recipe)
+    return [
+        (one.name, hints[one.name], one.default if one.default is not MISSING else one.default_factory(), dict(one.metadata))
+        for one in fields(Recipe)
+    ]
+
+
+def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A setting's type without None, and its choices."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return str, typing.get_args(hint)
+    return typing.get_origin(hint) or hint, ()
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    kind, choices = plain_type(hint)
+    if value is None:
+        if type(None) not in typing.get_args(hint):
+            raise ValueError(f"{where} has no value")
+        return None
+    if kind is list:
+        value = [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(value, list):
+            raise ValueError(f"{where}={value!r} must be a list")
+        return [str(item) for item in value]
+    if kind in (int, float) and not isinstance(value, (bool, dict, list)):
+        # YAML 1.1 reads 2e-5 as a text.
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if number is not None and (kind is float or number == int(number)):
+            return kind(number)
+    if kind is str and isinstance(value, (str, int, float, bool)):
+        # YAML 1.1 reads no as false.
+        value = "no" if value is False else str(value)
+    if not isinstance(value, kind) or kind in (int, float):
+        raise ValueError(f"{where}={value!r} must be of type {kind.__name__}")
+    if choices and value not in choices:
+        raise ValueError(f"{where}={value!r} must be one of {', '.join(choices)}")
+    return value
