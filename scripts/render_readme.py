@@ -26,22 +26,36 @@ COMMANDS = {
 
 
 def attention_table(result: dict) -> str:
-    """Rows: length and dtype; columns: what the local layer takes, and how many times longer the others take."""
+    """Rows: dtype and length; columns: what the sparse layers take, and how many times longer the others take."""
     lines = [
-        "| dtype | tokens | local layer | full: forward | full: forward + backward | window mask: forward | memory / output |",
-        "|---|---|---|---|---|---|---|",
+        "| dtype | tokens | local | routed | mean blocks | full | full / local | full / routed | window mask / local |"
+        " full / routed, with backward |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:
-        forward, both = cell["forward_speedups"], cell["forward_backward_speedups"]
-        shown = [forward.get("full"), both.get("full"), forward.get("masked")]
-        ratios = [f"{x['median']:.1f}x longer" if x else "" for x in shown]
-        milliseconds = cell["forward"]["local"]["median"] * 1000
-        row = [cell["dtype"], f"{cell['length']:,}", f"{milliseconds:.0f} ms", *ratios, f"{cell['memory_over_output']:.2f}"]
-        lines.append("| " + " | ".join(row) + " |")
-    exponents = ", ".join(f"{value:.2f} ({name})" for name, value in result["exponents"].items())
-    shape = f"{result['heads']} heads of {result['head_dim']}, window {result['pattern']['window']}"
-    threads = result["environment"]["threads"]
-    lines += ["", f"{shape}, {threads} thread(s); time grows with the length to the power of {exponents}."]
+        forward = {name: taken["median"] for name, taken in cell["forward"].items()}
+        both = {name: taken["median"] for name, taken in cell["forward_backward"].items()}
+        seconds = [f"{forward[name]:.2f} s" if name in forward else "" for name in ("local", "routed", "blocks", "full")]
+        pairs = [
+            (forward, "full", "local"),
+            (forward, "full", "routed"),
+            (forward, "masked", "local"),
+            (both, "full", "routed"),
+        ]
+        ratios = [f"{times[a] / times[b]:.1f}x" if a in times and b in times else "" for times, a, b in pairs]
+        lines.append("| " + " | ".join([cell["dtype"], f"{cell['length']:,}", *seconds, *ratios]) + " |")
+    exponents = "; ".join(
+        f"{kind}: " + ", ".join(f"{value:.2f} ({name})" for name, value in slopes.items())
+        for kind, slopes in result["exponents"].items()
+    )
+    pattern, heads = result["pattern"], result["heads"]
+    lines += [
+        "",
+        f"{heads['query']} query and {heads['key_value']} key/value heads of {heads['size']}, window {pattern['window']},"
+        f" {pattern['num_sink_tokens']} sink tokens, {pattern['routed_clusters']} of {result['num_clusters']} clusters with at most"
+        f" {pattern['routed_tokens']} keys each, random keys, {result['environment']['threads']} thread(s). Time grows with the"
+        f" length to the power of, {exponents}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,110 +1,154 @@
-"""Time and memory of one local attention layer against `scaled_dot_product_attention`, full and with a window mask.
+"""Time and memory of one sparse attention layer against `scaled_dot_product_attention`, full and with a window mask.
 
-All variants of a cell run in turn in one process, on the same tensors, and are compared with each other (masked against
-blockwise) before anything is timed.
+All variants of a cell run in turn in one process, on the same tensors, and the masked and the blockwise window are compared
+with each other before anything is timed. Queries and keys are random: clusters come out more even than those of a real model,
+whose whole time `deepseek-r1 evaluate` measures.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..attention.kmeans import assign_keys, choose_clusters
 from ..attention.pattern import AttentionPattern, visible_keys
 from ..attention.ragged import document_attention
+from ..attention.routed import Routing, routed_attention
+from .mean_blocks import BLOCK_TOKENS, block_routing
 from .memory_probe import PeakMemory
 from .speed import Measurement
 
 
 @dataclass(frozen=True)
 class AttentionCell:
-    """One length and dtype. Seconds per variant; `speedups`: time of the other variant over that of the local layer.
+    """One length and dtype. Seconds per variant, of those that were measured there:
 
-    `memory_over_output`: memory of the local forward beyond its inputs and its output, as a multiple of the output.
+    `local` (window and sink tokens), `routed` (these and clusters, assignment included), `blocks` (these and as many keys in
+    blocks chosen by their mean), `full` (causal), `masked` (the window as a dense mask).
+
+    `memory_over_output`: memory of a forward beyond its inputs and its output, as a multiple of the output.
     """
 
     length: int
     dtype: str
     forward: dict[str, Measurement]
     forward_backward: dict[str, Measurement]
-    forward_speedups: dict[str, Measurement]
-    forward_backward_speedups: dict[str, Measurement]
-    memory_over_output: float
+    memory_over_output: dict[str, float]
     largest_error: float | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of the layer: query heads, key/value heads, numbers per head."""
+
+    query: int = 9
+    key_value: int = 3
+    size: int = 64
 
 
 def measure_attention(
     lengths: Sequence[int],
     pattern: AttentionPattern,
     *,
+    num_clusters: int | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
-    heads: int = 8,
-    head_dim: int = 64,
+    heads: Heads = Heads(),  # noqa: B008 (frozen)
     compared_lengths: Sequence[int] = (),
     masked_lengths: Sequence[int] = (),
     backward_lengths: Sequence[int] = (),
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Measures the local layer at `lengths`; where asked also full causal attention and the window as a dense mask.
+    """Measures the sparse layers at `lengths`; where asked also full causal attention and the window as a dense mask.
 
     Args:
         lengths: tokens.
-        pattern: window and sink tokens of the local layer.
-        compared_lengths, masked_lengths, backward_lengths: where to measure more. Compared: also full causal `sdpa`; masked:
-            also `sdpa` with a dense window mask; backward: also forward + backward.
+        pattern: of the routed layer; of the local one, its window and sink tokens.
+        num_clusters: centroids per key/value head; None: no routed layer.
+        compared_lengths, masked_lengths, backward_lengths: where to measure more. Compared: also full causal `sdpa`, and with
+            `num_clusters` mean blocks; masked: also `sdpa` with a dense window mask; backward: also forward + backward.
         dtypes: of queries, keys and values.
-        heads, head_dim: of queries; as many key/value heads.
         repeats: samples of each variant, taken in turn.
 
     Returns:
-        `{"pattern", "heads", "head_dim", "cells": [...], "exponents": {dtype: ...}}`; an exponent is the slope of the local
-        layer's time over the length between the shortest and the longest, both logarithmic.
+        `{"pattern", "num_clusters", "heads", "cells": [...], "exponents": {dtype: {variant: ...}}}`; an exponent is the slope of
+        the time over the length between the shortest and the longest, both logarithmic.
     """
     cells = []
     for dtype in dtypes:
         for length in lengths:
-            variants = {"local": pattern}
-            if length in compared_lengths:
-                variants["full"] = None
-            if length in masked_lengths:
-                variants["masked"] = pattern
-            cells.append(_cell(length, dtype, heads, head_dim, pattern, variants, length in backward_lengths, repeats))
-    exponents = {}
-    for dtype in dtypes:
-        own = [cell for cell in cells if cell.dtype == _name(dtype)]
-        times = [math.log(cell.forward["local"].median) for cell in own]
-        if len(own) > 1:
-            exponents[_name(dtype)] = (times[-1] - times[0]) / math.log(own[-1].length / own[0].length)
+            names = ["local", *(["routed"] if num_clusters else [])]
+            names += ["full", *(["blocks"] if num_clusters else [])] if length in compared_lengths else []
+            names += ["masked"] if length in masked_lengths else []
+            runs = _variants(names, pattern, num_clusters, heads, length, dtype)
+            cells.append(_cell(length, dtype, heads, runs, length in backward_lengths, repeats))
     return {
         "pattern": asdict(pattern),
-        "heads": heads,
-        "head_dim": head_dim,
-        "exponents": exponents,
+        "num_clusters": num_clusters,
+        "heads": asdict(heads),
+        "exponents": {_name(dtype): _exponents([cell for cell in cells if cell.dtype == _name(dtype)]) for dtype in dtypes},
         "cells": [asdict(cell) for cell in cells],
     }
 
 
-def _cell(length, dtype, heads, head_dim, pattern, variants, backward, repeats) -> AttentionCell:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, heads, length, head_dim, generator=generator).to(dtype) for _ in range(3)]
-    mask = None
-    if "masked" in variants:
-        positions = torch.arange(length)[None]
-        mask = visible_keys(pattern, positions, positions)[:, None]
-    runs: dict[str, Callable] = {
-        "local": lambda q, k, v: document_attention(q, k, v, pattern, head_dim**-0.5, length),
-        "full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        "masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+def _exponents(cells: list[AttentionCell]) -> dict[str, float]:
+    first, last = cells[0], cells[-1]
+    if first.length == last.length:
+        return {}
+    return {
+        name: math.log(last.forward[name].median / first.forward[name].median) / math.log(last.length / first.length)
+        for name in ("local", "routed")
+        if name in first.forward
     }
-    runs = {name: runs[name] for name in variants}
+
+
+def _variants(names, pattern, num_clusters, heads: Heads, length, dtype) -> dict[str, Callable]:
+    scale, local = heads.size**-0.5, replace(pattern, routed_clusters=0, routed_tokens=0)
+    runs: dict[str, Callable] = {
+        "local": lambda q, k, v: document_attention(q, k, v, local, scale, length),
+        "full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    }
+    if "masked" in names:
+        positions = torch.arange(length)[None]
+        mask = visible_keys(local, positions, positions)[:, None]
+        runs["masked"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    if num_clusters:
+        generator = torch.Generator().manual_seed(1)
+        centroids = F.normalize(torch.randn(heads.key_value, num_clusters, heads.size, generator=generator), dim=-1)
+        gate = torch.zeros(1, heads.query, length)
+        budget = pattern.routed_clusters * pattern.routed_tokens
+        blocks = replace(pattern, routed_clusters=max(1, budget // BLOCK_TOKENS), routed_tokens=BLOCK_TOKENS)
+
+        def routed(q, k, v):
+            with torch.no_grad():
+                clusters = choose_clusters(q, centroids, pattern.routed_clusters), assign_keys(k, centroids)
+            return routed_attention(q, k, v, Routing(*clusters, gate), pattern, scale)
+
+        def by_blocks(q, k, v):
+            with torch.no_grad():
+                routing = block_routing(q, k, blocks)
+            return routed_attention(q, k, v, routing, blocks, scale)
+
+        runs |= {"routed": routed, "blocks": by_blocks}
+    return {name: runs[name] for name in names}
+
+
+def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool, repeats: int) -> AttentionCell:
+    generator = torch.Generator().manual_seed(0)
+    counts = heads.query, heads.key_value, heads.key_value
+    tensors = [torch.randn(1, count, length, heads.size, generator=generator).to(dtype) for count in counts]
+    error, extra = None, {}
     with torch.no_grad():
-        error = (runs["masked"](*tensors) - runs["local"](*tensors)).abs().max().item() if mask is not None else None
-        with PeakMemory() as peak:
-            output = runs["local"](*tensors)
-        extra = (peak.extra_bytes - output.nbytes) / output.nbytes
+        if "masked" in runs:
+            error = (runs["masked"](*tensors) - runs["local"](*tensors)).abs().max().item()
+        for name in set(runs) & {"local", "routed"}:
+            with PeakMemory() as peak:
+                output = runs[name](*tensors)
+            extra[name] = max(0.0, (peak.extra_bytes - output.nbytes) / output.nbytes)
+            del output
         forward = _in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats)
     both = {}
     if backward:
@@ -113,9 +157,7 @@ def _cell(length, dtype, heads, head_dim, pattern, variants, backward, repeats) 
         both = _in_turn(
             {name: lambda run=run: torch.autograd.grad(run(*tracked), tracked, grad) for name, run in runs.items()}, repeats
         )
-    return AttentionCell(
-        length, _name(dtype), forward, both, _speedups(forward), _speedups(both), max(0.0, extra), error
-    )  # fmt: skip
+    return AttentionCell(length, _name(dtype), forward, both, extra, error)
 
 
 def _in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, Measurement]:
@@ -127,10 +169,6 @@ def _in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, Measurement]:
             run()
             samples[name].append(time.perf_counter() - start)
     return {name: Measurement.of(taken) for name, taken in samples.items()}
-
-
-def _speedups(times: dict[str, Measurement]) -> dict[str, Measurement]:
-    return {name: taken.over(times["local"]) for name, taken in times.items() if name != "local"}
 
 
 def _name(dtype: torch.dtype) -> str:
