@@ -107,7 +107,7 @@ def router_losses_reference(
 ) -> list[float]:
     """aux, balance, z and cost on one rank, token by token."""
     rows = []
-    for router, layer in zip(routers, routed, strict=True):
+    for router, layer in zip(routers, (RouterOutput(*(field.detach() for field in layer)) for layer in routed), strict=True):
         chosen = [token for token in range(len(layer.logits)) if real is None or real[token]]
         slots = [
             int(expert)
