@@ -20,6 +20,16 @@ LAYER_TYPES = tuple(LAYER_LETTERS.values())
 MLP_LAYER_TYPES = ("dense", "sparse")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
 SHARED_FIELDS += ("mlp_layer_types", "router_aux_loss_coef", "output_router_logits")
+EXPERTS_TP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+EXPERTS_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -118,7 +128,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     model_type = "deepseek_r1_text"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
-    base_model_tp_plan = {
+    _dense_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -128,14 +138,6 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -250,6 +252,22 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """The sparse attention settings of one layer, or None where the layer has none."""
         value = self.per_layer_config[layer_idx].sparse_attention
         return SparseAttention(**value) if value is not None else None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism, as in Qwen3-MoE."""
+        return self._dense_tp_plan | (EXPERTS_TP_PLAN if self._has_packed_experts else {})
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert parallelism, as in Qwen3-MoE."""
+        return dict(EXPERTS_EP_PLAN) if self._has_packed_experts else {}
+
+    @property
+    def _has_packed_experts(self) -> bool:
+        # Low-rank experts are few parameters of other names; they stay whole on every rank.
+        sparse = [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+        return bool(sparse) and all(self.routing_of(layer).expert_rank is None for layer in sparse)
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Whether the MLP of a layer is a mixture of experts."""

@@ -147,7 +147,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
                 restarting positions mark packed documents.
             past_key_values: an empty `DynamicCache`, or one that this model has filled.
             seq_idx: `[batch, n]` number of each token's document in packed rows.
-            mm_token_type_ids: `[batch, n]` number of each token's modality, for domain gates with a table of modalities.
+            mm_token_type_ids: `[batch, cached + n]` or `[batch, n]` modality of each token, for gates with a table of them.
             output_router_logits: return `router_logits`, `[batch * n, experts]` per sparse layer.
 
         Raises:
@@ -160,7 +160,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         self._check_tokens(inputs, input_ids is not None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        kwargs["mm_token_type_ids"] = mm_token_type_ids
+        kwargs["mm_token_type_ids"] = None if mm_token_type_ids is None else mm_token_type_ids[:, -inputs.shape[1] :]
         if self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None:
             return self._forward_for_engine(inputs, position_ids, attention_mask, output_router_logits, **kwargs)
         if use_cache and past_key_values is None:

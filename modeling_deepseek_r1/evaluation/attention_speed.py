@@ -105,12 +105,12 @@ def _cell(length, dtype, heads, head_dim, pattern, variants, backward, repeats) 
         with PeakMemory() as peak:
             output = runs["local"](*tensors)
         extra = (peak.extra_bytes - output.nbytes) / output.nbytes
-        forward = _in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats)
+        forward = in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats)
     both = {}
     if backward:
         tracked = [x.clone().requires_grad_() for x in tensors]
         grad = torch.randn_like(tensors[0])
-        both = _in_turn(
+        both = in_turn(
             {name: lambda run=run: torch.autograd.grad(run(*tracked), tracked, grad) for name, run in runs.items()}, repeats
         )
     return AttentionCell(
@@ -118,9 +118,11 @@ def _cell(length, dtype, heads, head_dim, pattern, variants, backward, repeats) 
     )  # fmt: skip
 
 
-def _in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, Measurement]:
+def in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, Measurement]:
+    """Seconds of each function, which take turns; all have run once before."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    runs["local"]()
+    for run in runs.values():
+        run()
     for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+BLOCK_ROWS = 256
+"""Neighbouring experts with up to about so many rows share the steps between their products."""
+
 
 def experts_reference(
     hidden_states: torch.Tensor,
@@ -53,6 +56,18 @@ def _spans(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
         if size:
             yield expert, start, start + size
             start += size
+
+
+def _blocks(sizes: list[int]) -> Iterator[tuple[list[int], int, int]]:
+    """(experts, first row, row behind the last) of neighbouring experts that have rows."""
+    experts, first = [], 0
+    for expert, start, stop in _spans(sizes):
+        if experts and stop - first > BLOCK_ROWS:
+            yield experts, first, start
+            experts, first = [], start
+        experts.append(expert)
+    if experts:
+        yield experts, first, sum(sizes)
 
 
 def _clear_unused(grad: torch.Tensor, sizes: list[int]) -> None:
@@ -137,28 +152,37 @@ def experts_forward(
 
 
 def _one_token(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, act_fn) -> torch.Tensor:
-    """Nothing to sort, nothing to gather."""
-    output = None
+    """Nothing to sort, nothing to gather: a product of a matrix with a vector for each active expert."""
+    output, token = None, hidden_states[0]
     for expert, weight in zip(top_k_index[0].tolist(), top_k_weights[0].tolist(), strict=True):
         if weight:
-            gate, up = F.linear(hidden_states, gate_up_proj[expert]).chunk(2, -1)
-            product = (act_fn(gate) * up).mul_(weight)
-            matrix = down_proj[expert].t()
-            output = torch.mm(product, matrix) if output is None else output.addmm_(product, matrix)
-    return output if output is not None else torch.zeros_like(hidden_states)
+            gate, up = torch.mv(gate_up_proj[expert], token).chunk(2)
+            product, matrix = (act_fn(gate) * up).mul_(weight), down_proj[expert]
+            output = torch.mv(matrix, product) if output is None else output.addmv_(matrix, product)
+    return output[None] if output is not None else torch.zeros_like(hidden_states)
 
 
 def _run_experts(hidden_states, gate_up_proj, down_proj, weights, tokens, sizes, act_fn, projected=None) -> torch.Tensor:
     """The forward pass; `projected`, `[S, 2I]`, takes what the backward pass needs."""
-    rows = hidden_states[tokens]
-    scratch = hidden_states.new_empty(max(sizes), gate_up_proj.shape[1]) if projected is None else None
-    for expert, start, stop in _spans(sizes):
+    blocks = list(_blocks(sizes))
+    gate_up, down = gate_up_proj.transpose(1, 2).unbind(), down_proj.transpose(1, 2).unbind()
+    output = torch.zeros_like(hidden_states)
+    # One block's rows stay in the processor's cache, and memory that has been touched once is not asked for again.
+    longest = max((stop - start for _, start, stop in blocks), default=0)
+    buffer, scratch = hidden_states.new_empty(longest, output.shape[1]), hidden_states.new_empty(longest, gate_up[0].shape[1])
+    for experts, start, stop in blocks:
+        rows = torch.index_select(hidden_states, 0, tokens[start:stop], out=buffer[: stop - start])
         target = scratch[: stop - start] if projected is None else projected[start:stop]
-        gate, up = torch.mm(rows[start:stop], gate_up_proj[expert].t(), out=target).chunk(2, -1)
+        counts = [sizes[expert] for expert in experts]
+        parts = rows.split(counts)
+        for expert, part, into in zip(experts, parts, target.split(counts), strict=True):
+            torch.mm(part, gate_up[expert], out=into)
+        gate, up = target.chunk(2, -1)
         product = (act_fn(gate) * up).mul_(weights[start:stop, None])
-        # The rows have been read: their place takes the result.
-        torch.mm(product, down_proj[expert].t(), out=rows[start:stop])
-    return torch.zeros_like(hidden_states).index_add_(0, tokens, rows)
+        for expert, part, into in zip(experts, product.split(counts), parts, strict=True):
+            torch.mm(part, down[expert], out=into)
+        output.index_add_(0, tokens[start:stop], rows)
+    return output
 
 
 class _Experts(torch.autograd.Function):
@@ -174,26 +198,37 @@ class _Experts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden_states, gate_up_proj, down_proj, weights, tokens, projected = ctx.saved_tensors
-        rows, grads = hidden_states[tokens], grad[tokens]
+        blocks, grad_hidden = list(_blocks(ctx.sizes)), torch.zeros_like(hidden_states)
+        longest = max((stop - start for _, start, stop in blocks), default=0)
+        buffers = [hidden_states.new_empty(longest, hidden_states.shape[1]) for _ in range(2)]
         grad_gate_up = torch.empty_like(gate_up_proj) if ctx.needs_input_grad[1] else None
         grad_down = torch.empty_like(down_proj) if ctx.needs_input_grad[2] else None
         grad_weights = torch.empty_like(weights)
-        for expert, start, stop in _spans(ctx.sizes):
-            part, weight = grads[start:stop], weights[start:stop, None]
+        for experts, start, stop in blocks:
+            counts, weight = [ctx.sizes[expert] for expert in experts], weights[start:stop, None]
+            chosen = tokens[start:stop]
+            rows = torch.index_select(hidden_states, 0, chosen, out=buffers[0][: stop - start])
+            grads = torch.index_select(grad, 0, chosen, out=buffers[1][: stop - start])
+            split = rows.split(counts), grads.split(counts)
             leaf = projected[start:stop].detach().requires_grad_()
             with torch.enable_grad():
                 gate, up = leaf.chunk(2, -1)
                 tracked = ctx.act_fn(gate) * up
-            product, grad_product = tracked.detach(), torch.mm(part, down_proj[expert])
+            product, grad_product = tracked.detach(), torch.empty_like(tracked)
+            for expert, part, target in zip(experts, split[1], grad_product.split(counts), strict=True):
+                torch.mm(part, down_proj[expert], out=target)
             grad_weights[start:stop] = (grad_product * product).sum(-1, dtype=weights.dtype)
-            if grad_down is not None:
-                torch.mm(part.t(), product.mul_(weight), out=grad_down[expert])
             (grad_projected,) = torch.autograd.grad(tracked, leaf, grad_product.mul_(weight))
-            if grad_gate_up is not None:
-                torch.mm(grad_projected.t(), rows[start:stop], out=grad_gate_up[expert])
-            torch.mm(grad_projected, gate_up_proj[expert], out=part)
+            product.mul_(weight)
+            parts = zip(experts, *split, product.split(counts), grad_projected.split(counts), strict=True)
+            for expert, part, grad_part, inner, grad_inner in parts:
+                if grad_down is not None:
+                    torch.mm(grad_part.t(), inner, out=grad_down[expert])
+                if grad_gate_up is not None:
+                    torch.mm(grad_inner.t(), part, out=grad_gate_up[expert])
+                torch.mm(grad_inner, gate_up_proj[expert], out=grad_part)
+            grad_hidden.index_add_(0, chosen, grads)
         for own in (grad_gate_up, grad_down):
             if own is not None:
                 _clear_unused(own, ctx.sizes)
-        grad_hidden = torch.zeros_like(hidden_states).index_add_(0, tokens, grads)
         return grad_hidden, grad_gate_up, grad_down, grad_weights, None, None, None

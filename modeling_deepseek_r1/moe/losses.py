@@ -48,7 +48,7 @@ def router_losses(
     """
     if not routed:
         return RouterLosses(*torch.zeros(4, device=device).unbind())
-    counts = [_slot_counts(layer, real) for layer in routed]
+    counts = [slot_counts(layer, real) for layer in routed]
     if reduce is not None:
         # One exchange for all layers.
         together = torch.cat([count.to(counts[0].device) for count in counts])
@@ -124,7 +124,7 @@ def router_losses_reference(
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def _slot_counts(routed: RouterOutput, real: torch.Tensor | None) -> torch.Tensor:
+def slot_counts(routed: RouterOutput, real: torch.Tensor | None) -> torch.Tensor:
     """`[E]` float32: how many active slots of real tokens each expert has."""
     active = (routed.top_k_weights.detach() != 0).float()
     if real is not None:

@@ -39,8 +39,8 @@ def select_experts_reference(
     """What `select_experts` computes, token by token."""
     all_weights, all_index = [], []
     for probabilities in logits.exp() / logits.exp().sum(-1, keepdim=True):
-        best = sorted(range(len(probabilities)), key=lambda expert: -float(probabilities[expert]))[:slots]
-        active = [n < minimum or threshold is None or float(probabilities[e]) >= threshold for n, e in enumerate(best)]
+        best = sorted(range(len(probabilities)), key=(-probabilities.detach()).tolist().__getitem__)[:slots]
+        active = [n < minimum or threshold is None or float(probabilities[e].detach()) >= threshold for n, e in enumerate(best)]
         total = sum(probabilities[e] for e, is_active in zip(best, active, strict=True) if is_active) if normalise else 1.0
         zero = probabilities.new_zeros(())
         all_weights.append(torch.stack([probabilities[e] / total if a else zero for e, a in zip(best, active, strict=True)]))

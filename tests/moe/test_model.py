@@ -1,12 +1,14 @@
 """Models with experts: the auxiliary loss in outputs and in training, recording, implementations, the dense model as a limit."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from modeling_deepseek_r1.moe.losses import router_losses, router_losses_reference, share_of_batch
+from modeling_deepseek_r1.moe.losses import router_losses, router_losses_reference, share_of_batch, slot_counts
 from modeling_deepseek_r1.training import ThresholdUpdate, move_thresholds
 from tests.models import EXPERT_PATTERNS, random_ids, tiny_model
 
@@ -213,6 +215,46 @@ def test_equal_experts_are_the_dense_model(pattern):
     missing = sparse.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
     torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", EXPERT_PATTERNS)
+def test_parallel_plans_name_packed_experts_and_only_those(pattern):
+    model = tiny_model(pattern).model
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in (*model.named_parameters(), *model.named_modules())}
+    experts = {name for plan in (model._tp_plan, model._ep_plan) for name in plan if ".experts" in name}
+    if pattern == "low_rank_experts":
+        assert not experts
+    else:
+        assert experts == {f"layers.*.mlp.experts{name}" for name in ("", ".gate_up_proj", ".down_proj")} and experts <= names
+    assert "plan" not in " ".join(model.config.to_dict())
+    assert not tiny_model("mixed").model._ep_plan
+
+
+def test_experts_of_other_ranks_cost_nothing_and_add_nothing():
+    """Expert parallelism marks them with an index behind the last one and weight 0."""
+    experts, x = tiny_model("experts").model.layers[0].mlp.experts, torch.randn(6, 48)
+    index, weights = torch.arange(12).view(6, 2) % 5, torch.rand(6, 2) + 0.1
+    mine = index < 3
+    expected = experts(x, index.masked_fill(~mine, 0), weights.masked_fill(~mine, 0.0))
+    assert torch.equal(experts(x, index.masked_fill(~mine, 5), weights.masked_fill(~mine, 0.0)), expected)
+
+
+def test_shares_are_counted_over_all_ranks():
+    """Two ranks with half of the rows each: the mean of their balance losses is that of all rows."""
+    model = tiny_model("expert_domains").train()
+    ids = random_ids(4, 12)
+    routers = model.model.routers
+    whole = model.model(ids).routed
+    halves = [[type(layer)(*(field.tensor_split(2)[rank] for field in layer)) for layer in whole] for rank in range(2)]
+    counts = [torch.cat([slot_counts(layer, None) for layer in half]) for half in halves]
+
+    def reduce_on(rank):
+        return lambda tensor: tensor.add_(counts[1 - rank])
+
+    expected = router_losses(routers, whole)
+    actual = [router_losses(routers, half, None, reduce_on(rank)) for rank, half in enumerate(halves)]
+    torch.testing.assert_close((actual[0].balance_loss + actual[1].balance_loss) / 2, expected.balance_loss)
+    assert not torch.allclose(router_losses(routers, halves[0]).balance_loss, actual[0].balance_loss)
 
 
 def rows(count=8):
