@@ -1,8 +1,8 @@
 """Configuration of the text model.
 
 Fields that engines and tools read are flat and spelled as in Llama, Qwen3 and Mistral. What belongs to the sparse attention is
-nested in `sparse_attention`, a plain dictionary like `rope_parameters`, checked by the strict dataclass `SparseAttention`;
-where it is absent, the mechanism does not exist. Anything may differ from layer to layer through transformers'
+nested in `sparse_attention`, a plain dictionary like `rope_parameters`, checked by the strict dataclass `SparseAttention`, and
+what belongs to the mixture of experts in `routing` (`ExpertRouting`); where one is absent, the mechanism does not exist. Anything may differ from layer to layer through transformers'
 `per_layer_config={layer: {field: value}}`; a layer is built from `config.per_layer_config[layer]` and from nothing else.
 """
 
@@ -14,9 +14,22 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
+from .routing import ExpertRouting, complete_routing, validate_sparse_layer
 
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
+MLP_LAYER_TYPES = ("dense", "sparse")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
+SHARED_FIELDS += ("mlp_layer_types", "router_aux_loss_coef", "output_router_logits")
+EXPERTS_TP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+EXPERTS_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -81,6 +94,19 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         mlp_bias (`bool`): biases of the MLP's projections.
         qk_norm (`"head"`, *optional*):
             RMS norm of queries and keys before rotation, over each head (Qwen3).
+        num_experts (`int`, *optional*):
+            Experts of a sparse layer, over all domains; None or 0 = no mixture of experts. Derived from
+            `routing["expert_topology"]` where that is given.
+        num_experts_per_tok (`int`): experts that a token gets, at most.
+        moe_intermediate_size (`int`, *optional*): width of one expert; default: `intermediate_size`.
+        norm_topk_prob (`bool`): whether the weights of a token's experts are made to sum to one.
+        router_aux_loss_coef (`float`):
+            Weight of the routers' auxiliary loss. It is part of the training loss of every model with experts; 0 = never.
+        output_router_logits (`bool`): return `router_logits` and `aux_loss`, and add the latter to `loss` in evaluation too.
+        mlp_layer_types (`list[str]`, *optional*):
+            `"dense"` or `"sparse"` per layer. Default: all sparse where there are experts.
+        routing (`dict`, *optional*):
+            Fields of `ExpertRouting`, e.g. `{"expert_topology": [{"text": 6, "code": 2}], "min_experts_per_tok": 1}`.
         chunk_size_feed_forward (`int`):
             Without gradients, a sequence longer than this goes through the layers this many tokens at a time, which bounds the
             memory of a long prompt; 0 = all at once. The result is the same up to rounding.
@@ -101,8 +127,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     ```"""
 
     model_type = "deepseek_r1_text"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    _dense_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -145,6 +171,14 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
     qk_norm: Literal["head"] | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float | int = 0.1
+    output_router_logits: bool = False
+    mlp_layer_types: list[str] | None = None
+    routing: dict | None = None
     chunk_size_feed_forward: int = 1024
 
     def __post_init__(self, **kwargs):
@@ -161,17 +195,53 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
         self.sparse_attention = _complete_sparse_attention(self.sparse_attention, "")
+        self.routing = complete_routing(self.routing, "", has_experts=bool(self.num_experts))
         by_layer = copy.deepcopy(kwargs.pop("per_layer_config", None)) or {}
+        by_layer = {int(layer): overrides for layer, overrides in by_layer.items()}
         for layer, overrides in by_layer.items():
             shared = sorted(set(overrides) & set(SHARED_FIELDS))
             if shared:
                 raise ValueError(f"per_layer_config: layer {layer} sets {shared[0]}, which all layers have in common")
             if "sparse_attention" in overrides:
                 overrides["sparse_attention"] = _complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
+            if "routing" in overrides:
+                overrides["routing"] = complete_routing(overrides["routing"], f"layer {layer}: ", has_experts=True)
+        self._complete_experts(by_layer)
         super().__post_init__(**kwargs, per_layer_config=by_layer or None)
         for layer in self.per_layer_config if by_layer else ():
             # Fills in what a rotary type needs, as transformers does for the common `rope_parameters`.
             layer.standardize_rope_params()
+
+    def _complete_experts(self, by_layer: dict[int, dict[str, Any]]) -> None:
+        """Derives what a mixture of experts leaves open; the number of experts of a layer is that of its stage."""
+        if not self.num_experts and self.routing is None:
+            return
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        sparse = [layer for layer, kind in enumerate(self.mlp_layer_types) if kind == "sparse"]
+        totals = {}
+        for number, layer in enumerate(sparse):
+            routing = by_layer.get(layer, {}).get("routing", self.routing)
+            stage = ExpertRouting(**routing).stage(number, len(sparse)) if routing is not None else None
+            if stage is not None:
+                totals[layer] = sum(stage.values())
+        if self.num_experts and totals and self.num_experts not in totals.values():
+            raise ValueError(
+                f"num_experts={self.num_experts} but the stages of routing['expert_topology'] have"
+                f" {sorted(set(totals.values()))} experts; leave num_experts out or make them agree"
+            )
+        self.num_experts = self.num_experts or max(totals.values(), default=None)
+        for layer, total in totals.items():
+            stated = by_layer.get(layer, {}).get("num_experts", total)
+            if stated != total:
+                raise ValueError(
+                    f"layer {layer}: num_experts={stated} but its stage of routing['expert_topology'] has {total}"
+                    " experts; leave num_experts out or make them agree"
+                )
+            if total != self.num_experts:
+                by_layer.setdefault(layer, {})["num_experts"] = total
 
     @classmethod
     def from_preset(cls, name: str, **fields) -> "DeepseekR1TextConfig":
@@ -182,6 +252,36 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """The sparse attention settings of one layer, or None where the layer has none."""
         value = self.per_layer_config[layer_idx].sparse_attention
         return SparseAttention(**value) if value is not None else None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism, as in Qwen3-MoE."""
+        return self._dense_tp_plan | (EXPERTS_TP_PLAN if self._has_packed_experts else {})
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert parallelism, as in Qwen3-MoE."""
+        return dict(EXPERTS_EP_PLAN) if self._has_packed_experts else {}
+
+    @property
+    def _has_packed_experts(self) -> bool:
+        # Low-rank experts are few parameters of other names; they stay whole on every rank.
+        sparse = [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+        return bool(sparse) and all(self.routing_of(layer).expert_rank is None for layer in sparse)
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether the MLP of a layer is a mixture of experts."""
+        return self.mlp_layer_types is not None and self.mlp_layer_types[layer_idx] == "sparse"
+
+    def routing_of(self, layer_idx: int) -> ExpertRouting:
+        """The routing settings of one sparse layer."""
+        return ExpertRouting(**(self.per_layer_config[layer_idx].routing or {}))
+
+    def expert_domains(self, layer_idx: int) -> dict[str, int]:
+        """Domain -> number of experts of one sparse layer, in the order of the experts; `{"all": num_experts}` without domains."""
+        sparse = [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+        stage = self.routing_of(layer_idx).stage(sparse.index(layer_idx), len(sparse))
+        return stage if stage is not None else {"all": self.per_layer_config[layer_idx].num_experts}
 
     def __eq__(self, other) -> bool:
         # The generated comparison reads every field of the whole model, which per-layer fields forbid.
@@ -194,8 +294,11 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """Part of `@strict` validation: the lists that have one entry per layer."""
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at least 1")
-        for name, allowed in (("layer_types", LAYER_TYPES), ("no_rope_layers", (0, 1))):
+        lists = {"layer_types": LAYER_TYPES, "no_rope_layers": (0, 1), "mlp_layer_types": MLP_LAYER_TYPES}
+        for name, allowed in lists.items():
             values = getattr(self, name)
+            if name == "mlp_layer_types" and values is None:
+                continue
             if len(values) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} has {len(values)} entries; it needs one per layer (num_hidden_layers={self.num_hidden_layers})"
@@ -210,12 +313,17 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} must be 0 or more")
         if self.chunk_size_feed_forward < 0:
             raise ValueError(
                 f"chunk_size_feed_forward={self.chunk_size_feed_forward} must be 0 (no chunks) or a number of tokens"
             )
         for layer_idx in range(self.num_hidden_layers):
-            self._validate_layer(layer_idx, self.per_layer_config[layer_idx])
+            layer = self.per_layer_config[layer_idx]
+            self._validate_layer(layer_idx, layer)
+            if self.is_sparse(layer_idx):
+                validate_sparse_layer(f"layer {layer_idx}: ", layer, self.routing_of(layer_idx))
 
     def validate_rope(self):
         """Part of `@strict` validation: transformers only warns about a rotary type that it does not know."""
@@ -262,4 +370,4 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["DeepseekR1TextConfig", "SparseAttention"]
+__all__ = ["DeepseekR1TextConfig", "ExpertRouting", "SparseAttention"]

@@ -10,7 +10,6 @@ import json
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
@@ -19,7 +18,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -33,41 +31,22 @@ from .attention.pattern import AttentionLayout
 from .attention.rotary import DeepseekR1RotaryEmbedding
 from .attention.routed_cache import RoutedLayer
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
-
-
-class DeepseekR1MLP(nn.Module):
-    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.chunk_size = config.chunk_size_feed_forward
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        if not 0 < self.chunk_size < x.shape[-2]:
-            return self._product(x)
-        output = torch.empty_like(x)
-        for start in range(0, x.shape[-2], self.chunk_size):
-            output[..., start : start + self.chunk_size, :] = self._product(x[..., start : start + self.chunk_size, :])
-        return output
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
+from .moe.block import EXPERT_MODULES, DeepseekR1SparseMoeBlock
+from .moe.gates import gather_statistics
+from .moe.losses import output_losses, real_tokens, share_of_batch
+from .moe.mlp import DeepseekR1MLP
+from .moe.outputs import DeepseekR1CausalLMOutputWithPast, DeepseekR1ModelOutputWithPast, RouterOutput
 
 
 class DeepseekR1DecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and beside a residual connection."""
+    """Attention and MLP, each behind a norm and beside a residual connection. A layer with experts also returns the fields of
+    its `RouterOutput`: what leaves a checkpointed layer by any other way has no gradient."""
 
     def __init__(self, config: DeepseekR1TextConfig, layer_idx: int):
         super().__init__()
         layer = config.per_layer_config[layer_idx]
         self.self_attn = DeepseekR1Attention(config, layer_idx)
-        self.mlp = DeepseekR1MLP(layer)
+        self.mlp = DeepseekR1SparseMoeBlock(config, layer_idx) if config.is_sparse(layer_idx) else DeepseekR1MLP(layer)
         self.input_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
         self.post_attention_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
 
@@ -77,13 +56,18 @@ class DeepseekR1DecoderLayer(GradientCheckpointingLayer):
         layout: AttentionLayout | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, layout, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, DeepseekR1MLP):
+            return hidden_states + self.mlp(normed)
+        output, *routed = self.mlp(normed, mm_token_type_ids)
+        return hidden_states + output, *routed
 
 
 class DeepseekR1PreTrainedModel(PreTrainedModel):
@@ -100,6 +84,12 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
     _keep_in_fp32_modules_strict = ["router"]
+    # transformers looks for its decorator in this file's source; the experts are in another one.
+    _can_set_experts_implementation_cached_value = True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Without a request the library's own: it alone spends nothing on inactive slots."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,6 +99,8 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
             init.normal_(module.centroids)
             init.copy_(module.centroids, nn.functional.normalize(module.centroids, dim=-1))
+        elif isinstance(module, EXPERT_MODULES):
+            module.init_weights(self.config.initializer_range)
 
 
 class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
@@ -142,8 +134,10 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> DeepseekR1ModelOutputWithPast:
         """Runs the decoder.
 
         Args:
@@ -153,6 +147,8 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
                 restarting positions mark packed documents.
             past_key_values: an empty `DynamicCache`, or one that this model has filled.
             seq_idx: `[batch, n]` number of each token's document in packed rows.
+            mm_token_type_ids: `[batch, cached + n]` or `[batch, n]` modality of each token, for gates with a table of them.
+            output_router_logits: return `router_logits`, `[batch * n, experts]` per sparse layer.
 
         Raises:
             ValueError: no tokens, both or neither of ids and embeddings, an id outside of the vocabulary, a mask that does
@@ -160,18 +156,36 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        self._check_tokens(input_ids if input_ids is not None else inputs_embeds, input_ids is not None)
-        engine = self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None
-        if engine:
-            return self._forward_for_engine(input_ids, inputs_embeds, position_ids, attention_mask, **kwargs)
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        self._check_tokens(inputs, input_ids is not None)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        kwargs["mm_token_type_ids"] = None if mm_token_type_ids is None else mm_token_type_ids[:, -inputs.shape[1] :]
+        if self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None:
+            return self._forward_for_engine(inputs, position_ids, attention_mask, output_router_logits, **kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
             adopt_cache(past_key_values, len(self.layers), self.make_cache_layer)
-        inputs = input_ids if input_ids is not None else inputs_embeds
         layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
-        hidden_states = self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None)
+        position_ids = position_ids.to(inputs.device)
+        hidden_states, routed = self._run(inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs)
+        if routed and self.training:
+            gather_statistics(self.routers, routed, real_tokens(attention_mask, len(routed[0].logits)))
+        return self._output(hidden_states, routed, output_router_logits, past_key_values if use_cache else None)
+
+    @property
+    def routers(self) -> list[nn.Module]:
+        """The `DeepseekR1ExpertRouter`s of the sparse layers, in their order."""
+        return [layer.mlp.router for layer in self.layers if isinstance(layer.mlp, DeepseekR1SparseMoeBlock)]
+
+    def _output(self, hidden_states, routed, output_router_logits, past_key_values=None) -> DeepseekR1ModelOutputWithPast:
+        return DeepseekR1ModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            router_logits=tuple(layer.logits for layer in routed) if output_router_logits else None,
+            routed=tuple(routed) if output_router_logits or (self.training and torch.is_grad_enabled()) else None,
+        )
 
     def make_cache_layer(self, layer_idx: int, record_past: bool = False) -> PatternLayer:
         """The cache layer that a decoder layer needs."""
@@ -208,12 +222,12 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
                 position_ids = layout.positions.clamp(min=0)
         return layout, position_ids
 
-    def _run(self, inputs, layout, position_ids, past_key_values, **kwargs) -> torch.Tensor:
-        """All layers; without gradients and with a cache, a long input goes through them in chunks."""
+    def _run(self, inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs):
+        """All layers, and what their routers chose; without gradients and with a cache, a long input goes through them in chunks."""
         like = torch.empty(0, dtype=self.norm.weight.dtype, device=inputs.device)
         embeddings = [rotary(like, position_ids) for rotary in self.rotary_embs]
         chunk, length = self.config.chunk_size_feed_forward, inputs.shape[1]
-        records = any(
+        records = output_router_logits or any(
             kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs
         )
         whole = past_key_values is None or torch.is_grad_enabled() or records or not 0 < chunk < length
@@ -221,37 +235,41 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)
         for layer in past_key_values.layers:
             layer.reserve = max(layer.reserve, 0 if layer.is_sliding else layer.seen + length)
-        output = None
+        output, types = None, kwargs.pop("mm_token_type_ids")
         for start in range(0, length, chunk):
             stop = min(length, start + chunk)
             part = [(cos[:, start:stop], sin[:, start:stop]) for cos, sin in embeddings]
-            result = self._run_layers(
+            kwargs["mm_token_type_ids"] = types[:, start:stop] if types is not None else None
+            result, _ = self._run_layers(
                 self._embed(inputs[:, start:stop]), layout.slice(start, stop), part, past_key_values, **kwargs
             )
             output = result.new_empty(inputs.shape[0], length, result.shape[-1]) if output is None else output
             output[:, start:stop] = result
-        return output
+        return output, []
 
     def _embed(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
 
-    def _run_layers(self, hidden_states, layout, embeddings, past_key_values, **kwargs) -> torch.Tensor:
+    def _run_layers(self, hidden_states, layout, embeddings, past_key_values, **kwargs):
+        routed = []
         for layer_idx, layer in enumerate(self.layers):
-            hidden_states = layer(
+            output = layer(
                 hidden_states, layout, embeddings[self.rotary_of_layer[layer_idx]], past_key_values=past_key_values, **kwargs
             )
-        return self.norm(hidden_states)
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            routed += [RouterOutput(*output[1:])] if isinstance(output, tuple) else []
+        return self.norm(hidden_states), routed
 
-    def _forward_for_engine(self, input_ids, inputs_embeds, position_ids, attention_mask, **kwargs) -> BaseModelOutputWithPast:
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    def _forward_for_engine(self, inputs, position_ids, attention_mask, output_router_logits, **kwargs):
+        hidden_states = self._embed(inputs)
         if position_ids is None:
             raise ValueError(
                 f"attention implementation {self.config._attn_implementation!r} computes attention outside of the model and must"
                 f" pass position_ids; for plain use choose one of {OWN_IMPLEMENTATIONS}"
             )
         embeddings = [rotary(hidden_states, position_ids) for rotary in self.rotary_embs]
-        hidden_states = self._run_layers(hidden_states, None, embeddings, None, attention_mask=attention_mask, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states)
+        hidden_states, routed = self._run_layers(hidden_states, None, embeddings, None, attention_mask=attention_mask, **kwargs)
+        return self._output(hidden_states, routed, output_router_logits)
 
 
 class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
@@ -279,15 +297,22 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> DeepseekR1CausalLMOutputWithPast:
         """Logits `[batch, kept, vocab]` and, with `labels` `[batch, n]` (-100 = ignored), the next-token loss.
 
+        A model with experts adds `router_aux_loss_coef * aux_loss` to the loss in training (`moe/losses.py`).
+
         Args:
+            output_router_logits: return `router_logits` and `aux_loss`, and add the latter to the loss in evaluation too.
             logits_to_keep: only the last so many positions (0 = all), or the positions in a 1-D tensor.
             kwargs: `seq_idx` and the other arguments of `DeepseekR1TextModel.forward`; `num_items_in_batch` for the loss.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -295,21 +320,33 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            mm_token_type_ids=mm_token_type_ids,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
+        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep or None, None)
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        losses = self._router_losses(outputs, attention_mask, labels, output_router_logits)
+        if loss is not None and losses:
+            share = share_of_batch(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
+            loss = loss + self.config.router_aux_loss_coef * share * losses["aux_loss"].to(loss)
+        return DeepseekR1CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            **losses,
         )
+
+    def _router_losses(self, outputs, attention_mask, labels, asked) -> dict[str, torch.Tensor]:
+        """Empty where nobody needs them: evaluation without a request, or training without experts or with coefficient 0."""
+        trained = labels is not None and self.training and self.config.router_aux_loss_coef > 0 and outputs.routed
+        return output_losses(self.model.routers, outputs, attention_mask, self.training) if asked or trained else {}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -323,11 +360,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         return result
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Paged continuous batching (`generate_batch`), for full and plain sliding layers.
-
-        Raises:
-            ValueError: a layer with sink tokens, or windows that differ between layers.
-        """
+        """Paged continuous batching (`generate_batch`); ValueError for routed layers, sink tokens, windows that differ."""
         routed = any(pattern.routed_clusters for pattern in self.model.patterns)
         sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
         windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})

@@ -32,8 +32,39 @@ PATTERNS = {
             2: {"sparse_attention": None},
         },
     },
+    "experts": {
+        "layer_types": "SF",
+        "sliding_window": 7,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+    },
+    "expert_domains": {
+        "layer_types": "F",
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "routing": {
+            "expert_topology": [{"text": 3, "code": 2}, {"fusion": 6}],
+            "router_scoring": "attention",
+            "min_experts_per_tok": 1,
+            "expert_activation_threshold": 0.2,
+            "router_z_loss_ratio": 0.01,
+            "expert_cost_ratio": 0.02,
+            "domain_weights": {"text": 2.0},
+            "num_modalities": 2,
+        },
+    },
+    "low_rank_experts": {
+        "layer_types": "S",
+        "sliding_window": 7,
+        "num_experts": 4,
+        "routing": {"expert_rank": 2},
+        "mlp_bias": True,
+    },
 }
 """Name -> configuration fields, over three layers."""
+
+EXPERT_PATTERNS = [name for name, fields in PATTERNS.items() if "num_experts" in fields or "routing" in fields]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

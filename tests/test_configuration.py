@@ -21,6 +21,14 @@ EXTREMES = {
             2: {"attention_out_bias": True, "mlp_bias": True, "intermediate_size": 32, "num_key_value_heads": 6},
         }
     },
+    "experts_by_layer": {
+        "num_experts": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "per_layer_config": {
+            1: {"num_experts": 6, "num_experts_per_tok": 3, "routing": {"min_experts_per_tok": 1}},
+            2: {"moe_intermediate_size": 16, "routing": {"expert_topology": [{"x": 1}, {"x": 1, "y": 3}], "expert_rank": 2}},
+        },
+    },
     "several_end_tokens": {"eos_token_id": [2, 3], "tie_word_embeddings": True, "qk_norm": "head", "hidden_act": "relu6"},
 }
 
@@ -49,6 +57,34 @@ def test_equality_sees_every_difference():
     assert tiny_config() != tiny_config(sliding_window=8)
     assert tiny_config() != tiny_config(per_layer_config={0: {"sliding_window": 8}})
     assert tiny_config() != 3
+
+
+def test_the_number_of_experts_comes_from_the_topology():
+    config = DeepseekR1TextConfig(num_hidden_layers=5, routing={}, mlp_layer_types=["dense"] + ["sparse"] * 4)
+    assert (config.num_experts, config.moe_intermediate_size) == (8, config.intermediate_size)
+    assert not config.is_heterogeneous and not config.is_sparse(0) and config.is_sparse(1)
+    assert [list(config.expert_domains(layer)) for layer in range(1, 5)] == [
+        ["code", "image", "text"], ["text_semantic", "text_syntactic"], ["multimodal_fusion"], ["output_refinement"],
+    ]  # fmt: skip
+    two = DeepseekR1TextConfig(num_hidden_layers=5, routing={"expert_topology": [{"a": 2}, {"b": 3}]})
+    assert [layer.num_experts for layer in two.per_layer_config] == [2, 2, 2, 3, 3]
+    plain = DeepseekR1TextConfig(num_hidden_layers=2, num_experts=6, per_layer_config={1: {"num_experts": 4}})
+    assert [plain.expert_domains(layer) for layer in range(2)] == [{"all": 6}, {"all": 4}]
+    assert plain.routing is None
+
+
+def test_no_experts_means_no_mixture():
+    for experts in (None, 0):
+        config = tiny_config("full", num_experts=experts)
+        assert config.mlp_layer_types is None and not any(config.is_sparse(layer) for layer in range(3))
+
+
+def test_experts_keep_their_numbers_when_a_file_is_read(tmp_path):
+    """Keys of a configuration file are sorted."""
+    config = tiny_config("full", routing={"expert_topology": [{"text": 3, "code": 2}]})
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert list(loaded.expert_domains(0).items()) == list(config.expert_domains(0).items()) == [("code", 2), ("text", 3)]
 
 
 def test_a_pattern_string_repeats_over_the_layers():
@@ -110,6 +146,41 @@ WRONG = {
     "vocabulary": ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
     "type": ({"hidden_size": "big"}, "hidden_size.*expected int"),
     "shared by all layers": ({"per_layer_config": {1: {"hidden_size": 32}}}, "layer 1 sets hidden_size"),
+    "experts per token": ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok=5 must lie between 1 and num_exp"),
+    "sparse without experts": ({"mlp_layer_types": ["sparse"] * 3}, "layer 0: num_experts_per_tok=2 .* num_experts=0"),
+    "mlp type": ({"num_experts": 4, "mlp_layer_types": ["sparse", "moe", "dense"]}, "mlp_layer_types contains 'moe'"),
+    "mlp types": ({"num_experts": 4, "mlp_layer_types": ["sparse"]}, "mlp_layer_types has 1 entries.*num_hidden_layers=3"),
+    "expert biases": ({"num_experts": 4, "mlp_bias": True}, "layer 0: mlp_bias=True, but experts have no biases"),
+    "expert width": ({"num_experts": 4, "moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
+    "aux coefficient": ({"num_experts": 4, "router_aux_loss_coef": -1}, "router_aux_loss_coef=-1 must be 0 or more"),
+    "routing name": ({"routing": {"experts": 4}}, r"routing=.*keys among \[.*'expert_topology'"),
+    "routing name in a layer": ({"num_experts": 4, "per_layer_config": {1: {"routing": {"x": 4}}}}, "layer 1: routing"),
+    "routing scoring": ({"routing": {"router_scoring": "hash"}}, "router_scoring.*hash"),
+    "no stage": ({"routing": {"expert_topology": []}}, r"'expert_topology'\]=\[\] must have at least one stage"),
+    "empty stage": ({"routing": {"expert_topology": [{}]}}, "has the stage {}; each stage must map"),
+    "no experts in a domain": ({"routing": {"expert_topology": [{"a": 0}]}}, "each stage must map at least one domain"),
+    "topology and experts": (
+        {"num_experts": 8, "routing": {"expert_topology": [{"a": 4}]}},
+        r"num_experts=8 but the stages of routing\['expert_topology'\] have \[4\] experts",
+    ),
+    "topology and experts of a layer": (
+        {"routing": {"expert_topology": [{"a": 4}]}, "per_layer_config": {1: {"num_experts": 5}}},
+        "layer 1: num_experts=5 but its stage",
+    ),
+    "domain weight": (
+        {"routing": {"expert_topology": [{"a": 4}], "domain_weights": {"b": 1.0}}},
+        r"'domain_weights'\] has 'b': 1.0; the keys must be domains",
+    ),
+    "minimum": ({"num_experts": 4, "routing": {"min_experts_per_tok": 3}}, r"=3 must be at most num_experts_per_tok=2"),
+    "minimum zero": ({"num_experts": 4, "routing": {"min_experts_per_tok": 0}}, "'min_experts_per_tok'.*=0 must be at least 1"),
+    "threshold": ({"num_experts": 4, "routing": {"expert_activation_threshold": 2}}, r"must lie in \[0, 1\]"),
+    "target": ({"num_experts": 4, "routing": {"target_experts_per_tok": 2}}, "'target_experts_per_tok'.*which must differ"),
+    "rank": ({"num_experts": 4, "routing": {"expert_rank": 0}}, "'expert_rank'.*=0 must be at least 1"),
+    "rank without norm": (
+        {"num_experts": 4, "norm_topk_prob": False, "routing": {"expert_rank": 2}},
+        "'expert_rank'.*=2 needs norm_topk_prob=True",
+    ),
+    "cost": ({"num_experts": 4, "routing": {"expert_cost_ratio": -0.1}}, "'expert_cost_ratio'.*must be 0 or more"),
     "layer number": ({"per_layer_config": {3: {"sliding_window": 4}}}, r"range \[0, 3\)"),
 }
 

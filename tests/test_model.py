@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1ForSequenceClassification, DeepseekR1TextModel
-from tests.models import PATTERNS, random_ids, randomise, tiny_config, tiny_model
+from tests.models import EXPERT_PATTERNS, PATTERNS, random_ids, randomise, tiny_config, tiny_model
 
 HEADS = [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification]
 HEADS.append(AutoModelForQuestionAnswering)
@@ -84,8 +84,9 @@ def test_dropout_is_that_of_the_reference_and_only_in_training():
 def test_bfloat16_and_float16_stay_close_to_float32(pattern):
     ids = random_ids(2, 60)
     expected = tiny_model(pattern)(ids).logits
-    # Rounding moves a few keys and queries to another cluster, and the random centroids of this model are near to each other.
-    rough = 3 if pattern == "routed" else 1
+    # Rounding moves a few keys and queries to another cluster, and the random centroids of this model are near to each other;
+    # likewise a few tokens to other experts.
+    rough = 3 if pattern in ("routed", *EXPERT_PATTERNS) else 1
     for dtype, tolerance in ((torch.bfloat16, 0.08 * rough), (torch.float16, 0.02 * rough)):
         model = tiny_model(pattern).to(dtype)
         logits = model(ids).logits
@@ -101,7 +102,11 @@ def test_saving_and_loading_gives_the_same_model(pattern, tied, tmp_path):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is DeepseekR1ForCausalLM
     assert not any(info.values()), info
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    # Where a tensor lies in memory decides how products of experts are rounded.
+    tolerance = 1e-6 if pattern in EXPERT_PATTERNS else 0.0
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=tolerance, atol=tolerance)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, parameter in half.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .float32 import Float32Module
 from .kmeans import assign_keys, choose_clusters, cluster_sums
 from .routed import Routing
 
 
-class DeepseekR1Router(nn.Module):
+class DeepseekR1Router(Float32Module):
     """Which clusters queries and keys belong to, and how much the remote keys count.
 
     The gate of query head h at hidden state x is g = 2 sigmoid(w_h . x + b_h): zero parameters mean g = 1, so that a converted
@@ -36,17 +37,6 @@ class DeepseekR1Router(nn.Module):
         self.register_buffer("centroids", torch.zeros(num_key_value_heads, num_clusters, head_dim, dtype=torch.float32))
         self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
         self.gathers_statistics = False
-
-    def _apply(self, fn, recurse: bool = True):
-        # Stays float32 where a whole model is cast, without having been rounded in between.
-        exact = {name: tensor for name, tensor in [*self._parameters.items(), *self._buffers.items()]}
-        exact = {name: tensor.data for name, tensor in exact.items()}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            own = getattr(self, name)
-            if own.dtype != tensor.dtype:
-                own.data = tensor.to(own.device)
-        return self
 
     def forward(self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Routing:
         """Routing for the layer's input `[B, n, hidden]`, and queries `[B, H, n, D]` and keys `[B, G, n, D]` before rotation."""

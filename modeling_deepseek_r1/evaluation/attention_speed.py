@@ -149,20 +149,24 @@ def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool
                 output = runs[name](*tensors)
             extra[name] = max(0.0, (peak.extra_bytes - output.nbytes) / output.nbytes)
             del output
-        forward = _in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats)
+        forward = in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats, warm_up=False)
     both = {}
     if backward:
         tracked = [x.clone().requires_grad_() for x in tensors]
         grad = torch.randn_like(tensors[0])
-        both = _in_turn(
-            {name: lambda run=run: torch.autograd.grad(run(*tracked), tracked, grad) for name, run in runs.items()}, repeats
+        both = in_turn(
+            {name: lambda run=run: torch.autograd.grad(run(*tracked), tracked, grad) for name, run in runs.items()},
+            repeats,
+            warm_up=False,
         )
     return AttentionCell(length, _name(dtype), forward, both, extra, error)
 
 
-def _in_turn(runs: dict[str, Callable], repeats: int) -> dict[str, Measurement]:
+def in_turn(runs: dict[str, Callable], repeats: int, warm_up: bool = True) -> dict[str, Measurement]:
+    """Seconds of each function, which take turns, after one run of each that does not count."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    runs["local"]()
+    for run in runs.values() if warm_up else ():
+        run()
     for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()

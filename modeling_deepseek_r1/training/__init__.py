@@ -4,7 +4,7 @@ from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
-from .steps import StatisticsStep, step_statistics
+from .thresholds import ThresholdUpdate, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
@@ -13,13 +13,13 @@ __all__ = [
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
     "Recipe",
-    "StatisticsStep",
+    "ThresholdUpdate",
     "TrainableReport",
     "TrainingReport",
     "add_adapters",
     "freeze",
     "last_checkpoint",
     "move_centroids",
-    "step_statistics",
+    "move_thresholds",
     "train_checkpoint",
 ]

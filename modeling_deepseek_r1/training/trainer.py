@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, routers
-from .steps import StatisticsStep
+from .thresholds import ThresholdUpdate, adaptive_routers
 
 BUFFERS_FILE = "moved_buffers.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -23,7 +23,8 @@ STATE_FILE = "trainer_state.json"
 class DeepseekR1Trainer(Trainer):
     """transformers' Trainer, and besides:
 
-    - The centroids of routed layers follow the keys (`CentroidUpdate`), and modules with `step_statistics` get their step.
+    - The centroids of routed layers follow the keys (`CentroidUpdate`), and thresholds of expert layers their target
+      (`ThresholdUpdate`).
     - Every part of the loss is logged: `loss_parts` of the model's output, a dictionary whose entries add up to the loss, as sums
       over the micro-batches of a step; `utilisation`, a dictionary, and single numbers such as `aux_loss`, as means.
     - Label smoothing shifts the labels, divides by the items of the whole step, and keeps the auxiliary losses. It acts in
@@ -41,7 +42,8 @@ class DeepseekR1Trainer(Trainer):
         self._first_step = 0
         if routers(self.model) and args.centroid_decay < 1:
             self._add_missing(CentroidUpdate(args.centroid_decay))
-        self._add_missing(StatisticsStep())
+        if adaptive_routers(self.model):
+            self._add_missing(ThresholdUpdate())
 
     def _add_missing(self, callback: TrainerCallback) -> None:
         if not any(isinstance(present, type(callback)) for present in self.callback_handler.callbacks):

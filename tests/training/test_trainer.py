@@ -6,7 +6,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_deepseek_r1 import DeepseekR1ForSequenceClassification
-from modeling_deepseek_r1.training import CentroidUpdate, DeepseekR1TrainingArguments, step_statistics
+from modeling_deepseek_r1.training import CentroidUpdate, DeepseekR1TrainingArguments, ThresholdUpdate
+from modeling_deepseek_r1.training.thresholds import adaptive_routers
 from tests.models import random_ids, randomise, tiny_config, tiny_model
 
 from .runs import losses, make_arguments, make_rows, make_trainer
@@ -142,12 +143,17 @@ def test_centroids_follow_unless_told_otherwise(tmp_path):
     assert not any(isinstance(x, CentroidUpdate) for x in make_trainer(tiny_model("full"), tmp_path).callback_handler.callbacks)
 
 
-def test_modules_that_step_by_statistics_get_one_step_each(tmp_path):
-    model, steps = tiny_model("full"), []
-    model.model.norm.step_statistics = steps.append
-    make_trainer(model, tmp_path, gradient_accumulation_steps=2).train()
-    assert steps == [None] * 4
-    assert step_statistics(model) == 1
+def test_thresholds_follow_their_target_once_per_optimizer_step(tmp_path):
+    routing = tiny_config("expert_domains").routing | {"target_experts_per_tok": 1.5}
+    model = tiny_model("expert_domains", routing=routing)
+    trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=2)
+    assert any(isinstance(callback, ThresholdUpdate) for callback in trainer.callback_handler.callbacks)
+    routers = adaptive_routers(model)
+    before = [float(router.threshold) for router in routers]
+    trainer.train()
+    assert all(float(router.threshold) != old for router, old in zip(routers, before, strict=True))
+    without = make_trainer(tiny_model("full"), tmp_path).callback_handler.callbacks
+    assert not any(isinstance(callback, ThresholdUpdate) for callback in without)
 
 
 @pytest.mark.parametrize("fields", [{"bf16": True}, {"checkpointing": True}, {"bf16": True, "checkpointing": True}])

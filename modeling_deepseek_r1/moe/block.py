@@ -1,0 +1,39 @@
+"""The sparse MLP of a decoder layer: a router and experts."""
+
+import torch
+from torch import nn
+
+from .experts import DeepseekR1Experts, DeepseekR1LowRankExperts
+from .gates import AttentionScores, DeepseekR1ExpertRouter, DomainGate, LinearScores
+
+EXPERT_MODULES = (
+    LinearScores, AttentionScores, DomainGate, DeepseekR1ExpertRouter, DeepseekR1Experts, DeepseekR1LowRankExperts,
+)  # fmt: skip
+"""Modules with parameters or buffers of their own; each has `init_weights(std)`."""
+
+
+class DeepseekR1SparseMoeBlock(nn.Module):
+    """Mixture of experts in place of the MLP (https://arxiv.org/abs/1701.06538).
+
+    Args:
+        config: the model's configuration; sizes are those of the layer.
+        layer_idx: number of the layer.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        low_rank = config.routing_of(layer_idx).expert_rank is not None
+        self.router = DeepseekR1ExpertRouter(config, layer_idx)
+        self.experts = (DeepseekR1LowRankExperts if low_rank else DeepseekR1Experts)(config, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor, modalities: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """The output `[batch, n, H]` and the fields of `RouterOutput`, flat, so that checkpointing keeps their gradients.
+
+        Args:
+            hidden_states: `[batch, n, H]`.
+            modalities: `[batch, n]` number of each token's modality.
+        """
+        rows = hidden_states.flatten(0, -2)
+        routed = self.router(rows, modalities.flatten() if modalities is not None else None)
+        output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        return output.view(hidden_states.shape), *routed

@@ -1,0 +1,30 @@
+"""The dense MLP."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class DeepseekR1MLP(nn.Module):
+    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if not 0 < self.chunk_size < x.shape[-2]:
+            return self._product(x)
+        output = torch.empty_like(x)
+        for start in range(0, x.shape[-2], self.chunk_size):
+            output[..., start : start + self.chunk_size, :] = self._product(x[..., start : start + self.chunk_size, :])
+        return output
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
