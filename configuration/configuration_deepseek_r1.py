@@ -16,6 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
 from .routing import ExpertRouting, complete_routing, validate_sparse_layer
 
+STORED_PATTERN = "layer_pattern"
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
 MLP_LAYER_TYPES = ("dense", "sparse")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
@@ -121,9 +122,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     ```python
     >>> from modeling_deepseek_r1 import DeepseekR1TextConfig
-    >>> config = DeepseekR1TextConfig.from_preset("balanced", num_hidden_layers=4)
+    >>> config = DeepseekR1TextConfig.from_preset("high_accuracy", num_hidden_layers=3)
     >>> config.layer_types
-    ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention']
+    ['local_routed_attention', 'full_attention', 'local_routed_attention']
     ```"""
 
     model_type = "deepseek_r1_text"
@@ -188,6 +189,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
+        stored = kwargs.pop(STORED_PATTERN, None)
+        if self.layer_types is None:
+            self.layer_types = stored
         if self.layer_types is None:
             self.layer_types = "S" if self.sliding_window is not None else "F"
         if isinstance(self.layer_types, str):
@@ -242,6 +246,15 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                 )
             if total != self.num_experts:
                 by_layer.setdefault(layer, {})["num_experts"] = total
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds. transformers reads such files by its base class too (a Trainer that resumes, a tokenizer), which
+        refuses layer types that it does not know: a pattern that has some is stored by its letters."""
+        fields = super().to_diff_dict()
+        if "local_routed_attention" in fields.get("layer_types", ()):
+            letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
+            fields[STORED_PATTERN] = "".join(letters[kind] for kind in fields.pop("layer_types"))
+        return fields
 
     @classmethod
     def from_preset(cls, name: str, **fields) -> "DeepseekR1TextConfig":

@@ -1,26 +1,65 @@
 """Measures SmolLM2-135M, dense and with several attention patterns, in one run each, and writes results/smollm2_*.json.
 
-python scripts/benchmark_model.py quality          perplexity and retrieval at 1K and 4K tokens
-python scripts/benchmark_model.py cost             time, decoding, cache and peak memory at 1K and 16K, float32
-python scripts/benchmark_model.py cost --dtype bfloat16
+python scripts/benchmark_model.py perplexity       4K and 8K tokens of text that no calibration has read
+python scripts/benchmark_model.py retrieval        a planted fact in 4K and 8K tokens
+python scripts/benchmark_model.py cost             prefill of 32K tokens, decoding after it; float32, or --dtype bfloat16
+python scripts/benchmark_model.py memory           peak memory of a prefill of 16K tokens
+python scripts/benchmark_model.py generation       1,024 tokens after a prompt of 10,240
+python scripts/benchmark_model.py decode           decoding after 1K and after 64K tokens, routed models only
+python scripts/benchmark_model.py routing          what routed layers choose, beside most recent keys and mean blocks
+python scripts/benchmark_model.py patterns         what `layer_types="auto"` has tried
 """
 
 import argparse
+import json
 from pathlib import Path
 
+import torch
 from demo import packaged_checkpoint
+from transformers import AutoConfig
 
 from modeling_deepseek_r1.cli import main as command
+from modeling_deepseek_r1.configuration import LAYER_LETTERS
 from modeling_deepseek_r1.conversion import convert_checkpoint
+from modeling_deepseek_r1.evaluation import (
+    FORMAT_VERSION,
+    encode_text,
+    environment,
+    load_model,
+    load_tokenizer,
+    read_text,
+    write_report,
+)
+from modeling_deepseek_r1.evaluation.routing import mean_statistics, routing_statistics
 
+LOCAL = {"sliding_window": 512, "num_sink_tokens": 32}
 VARIANTS = {
-    "window 512": {"layer_types": "S", "sliding_window": 512},
-    "window 512 + 32 sinks": {"layer_types": "S", "sliding_window": 512, "num_sink_tokens": 32},
-    "balanced (half full)": {"preset": "balanced"},
-    "routed": {"layer_types": "R", "sliding_window": 512, "num_sink_tokens": 32},
-    "half routed, half full": {"layer_types": "RF", "sliding_window": 512, "num_sink_tokens": 32},
+    "window + sinks": {"layer_types": "S", **LOCAL},
+    "routed": {"layer_types": "R", **LOCAL},
+    "balanced": {"preset": "balanced"},
+    "high_accuracy": {"preset": "high_accuracy"},
+    "auto": {"layer_types": "auto"},
 }
+"""Label -> arguments of `convert_checkpoint`; centroids are fitted to its default texts."""
+
 MODELS = Path(".cache/benchmark")
+HELD_OUT = 20000
+"""Calibration reads no further than this many tokens of each text."""
+
+TASKS = {
+    "perplexity": (
+        ("window + sinks", "routed", "balanced", "high_accuracy", "auto"),
+        *(["4096", "8192"], "--tasks", "perplexity", "--windows", "2", "--mean-blocks", "4", "8"),
+    ),
+    "retrieval": (
+        ("window + sinks", "routed", "balanced"),
+        *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "2", "--depths", "0.1", "0.4", "0.7"),
+    ),
+    "cost": (("window + sinks", "routed", "balanced"), ["1024", "32768"], "--tasks", "speed", "--repeats", "1"),
+    "memory": (("window + sinks", "routed", "balanced"), ["16384"], "--tasks", "memory"),
+    "generation": (("routed", "balanced"), ["10240"], "--tasks", "speed", "--repeats", "1", "--decode-tokens", "1024"),
+}
+"""Measurement -> variants, context lengths, and further arguments of `deepseek-r1 evaluate`."""
 
 
 def converted(label: str) -> Path:
@@ -28,43 +67,61 @@ def converted(label: str) -> Path:
     folder = MODELS / label.replace(" ", "_")
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_checkpoint(packaged_checkpoint(), folder, **VARIANTS[label])
+        print(convert_checkpoint(packaged_checkpoint(), folder, **VARIANTS[label]).summary())
     return folder
 
 
-def evaluate(labels: list[str], output: Path, *arguments: str) -> None:
-    """One `deepseek-r1 evaluate` of transformers' Llama class ("dense") beside the variants."""
-    code = command(
-        [
-            *("evaluate", str(packaged_checkpoint()), "--against", *(str(converted(label)) for label in labels)),
-            *("--labels", "dense", *labels),
-            *("--output", f"{output}.json", *arguments),
-        ]
-    )
+def evaluate(*arguments: str) -> None:
+    """One `deepseek-r1 evaluate`."""
+    code = command(["evaluate", *arguments])
     if code:
         raise SystemExit(code)
 
 
+def routing(folder: Path) -> None:
+    """Statistics of every routed layer at 8,192 tokens."""
+    result = {"format_version": FORMAT_VERSION, "environment": environment(), "tokens": 8192, "models": {}}
+    for label in ("routed", "balanced"):
+        model, tokenizer = load_model(converted(label)), load_tokenizer(converted(label))
+        ids = encode_text(tokenizer, read_text(["prose"]))[HELD_OUT:][:8192]
+        rows = routing_statistics(model, torch.as_tensor(ids)[None], queries=64, top=64)
+        result["models"][label] = {"mean": mean_statistics(rows), "layers": [vars(row) for row in rows]}
+        print(label, result["models"][label]["mean"])
+    write_report(result, folder / "smollm2_routing.json")
+
+
+def patterns(folder: Path) -> None:
+    """The patterns that the calibration of the variant "auto" has tried."""
+    tried = json.loads((converted("auto") / "calibration.json").read_text())
+    letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
+    chosen = "".join(letters[kind] for kind in AutoConfig.from_pretrained(converted("auto")).layer_types)
+    write_report(
+        {"format_version": FORMAT_VERSION, "environment": environment(), "chosen": chosen, **tried},
+        folder / "smollm2_patterns.json",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["perplexity", "retrieval", "cost"])
-    parser.add_argument("--dtype", default="float32", help="of the cost run (default: %(default)s)")
+    parser.add_argument("what", choices=[*TASKS, "decode", "routing", "patterns"])
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--lengths", nargs="+", help="context lengths in tokens")
     parser.add_argument("--folder", type=Path, default=Path("results"))
     args, more = parser.parse_known_args()
-    if args.what == "perplexity":
-        lengths = args.lengths or ["1024", "4096"]
-        tasks = ["--tasks", "perplexity", "--windows", "2"]
-        evaluate(list(VARIANTS), args.folder / "smollm2_perplexity", *tasks, "--lengths", *lengths, *more)
-    elif args.what == "retrieval":
-        lengths = args.lengths or ["1024"]
-        tasks = ["--tasks", "retrieval", "--questions", "4", "--depths", "0.1", "0.5", "0.9"]
-        evaluate(list(VARIANTS), args.folder / "smollm2_retrieval", *tasks, "--lengths", *lengths, *more)
+    name = f"smollm2_{args.what}_{args.dtype}" if args.what == "cost" else f"smollm2_{args.what}"
+    common = ["--dtype", args.dtype, "--skip-tokens", str(HELD_OUT), "--output", str(args.folder / f"{name}.json"), *more]
+    if args.what in ("routing", "patterns"):
+        {"routing": routing, "patterns": patterns}[args.what](args.folder)
+    elif args.what == "decode":
+        labels, tasks = ["routed", "balanced"], ["--tasks", "speed", "--repeats", "1", "--decode-tokens", "64"]
+        folders = [str(converted(label)) for label in labels]
+        lengths = args.lengths or ["1024", "65536"]
+        evaluate(folders[0], "--against", *folders[1:], "--labels", *labels, *tasks, "--lengths", *lengths, *common)
     else:
-        lengths = args.lengths or ["1024", "16384"]
-        tasks = ["--tasks", "speed", "memory", "--repeats", "1", "--dtype", args.dtype]
-        labels = ["window 512 + 32 sinks", "balanced (half full)"]
-        evaluate(labels, args.folder / f"smollm2_cost_{args.dtype}", *tasks, "--lengths", *lengths, *more)
+        labels, lengths, *tasks = TASKS[args.what]
+        folders = [str(converted(label)) for label in labels]
+        models = [str(packaged_checkpoint()), "--against", *folders, "--labels", "dense", *labels]
+        evaluate(*models, *tasks, "--lengths", *(args.lengths or lengths), *common)
 
 
 if __name__ == "__main__":

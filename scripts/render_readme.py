@@ -17,12 +17,11 @@ from modeling_deepseek_r1.evaluation import markdown_table, plot
 PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
-    "attention_layer": "scripts/benchmark_attention.py",
-    "smollm2_perplexity": "scripts/benchmark_model.py perplexity",
-    "smollm2_retrieval": "scripts/benchmark_model.py retrieval",
-    "smollm2_cost_float32": "scripts/benchmark_model.py cost",
-    "smollm2_cost_bfloat16": "scripts/benchmark_model.py cost --dtype bfloat16",
+    "attention_layer": "benchmark_attention.py",
+    "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16",
+    "smollm2_cost_float32": "benchmark_model.py cost",
 }
+"""Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""
 
 
 def attention_table(result: dict) -> str:
@@ -59,15 +58,47 @@ def attention_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def routing_table(result: dict) -> str:
+    """Rows: models; columns: means over the routed layers."""
+    columns = {
+        "remote keys per query": lambda x: f"{x['remote_keys']:.0f}",
+        "of the 64 best remote keys": lambda x: f"{x['recall']:.0%}",
+        "by most recent keys": lambda x: f"{x['recall_recent']:.0%}",
+        "by mean blocks": lambda x: f"{x['recall_blocks']:.0%}",
+        "of the remote weight": lambda x: f"{x['mass']:.0%}",
+        "recent": lambda x: f"{x['mass_recent']:.0%}",
+        "blocks": lambda x: f"{x['mass_blocks']:.0%}",
+        "queries without remote keys": lambda x: f"{x['empty_queries']:.1%}",
+        "keys in the largest cluster": lambda x: f"{x['largest_cluster']:.1%}",
+    }
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for label, model in result["models"].items():
+        lines.append(f"| {label} | " + " | ".join(show(model["mean"]) for show in columns.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pattern_table(result: dict) -> str:
+    """Rows: patterns that a calibration has tried."""
+    lines = ["| layers | perplexity | rises by | repeated passage predicted | query-key products |", "|---|---|---|---|---|"]
+    for tried in result["patterns"]:
+        name = f"`{tried['layer_types']}`" + (" (chosen)" if tried["layer_types"] == result["chosen"] else "")
+        figures = [f"{tried['perplexity']:.2f}", f"{tried['increase']:+.1%}", f"{tried['copied']:.0%}", f"{tried['cost']:.0%}"]
+        lines.append("| " + " | ".join([name, *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"attention_layer": attention_table, "smollm2_routing": routing_table, "smollm2_patterns": pattern_table}
+
+
 def preset_rows() -> str:
     letters = ", ".join(f"`{letter}` {name}" for letter, name in LAYER_LETTERS.items())
-    rows = ["| preset | pattern | window | sink tokens |", "|---|---|---|---|"]
+    rows = ["| preset | pattern | window | sink tokens | clusters x keys |", "|---|---|---|---|---|"]
     for name, fields in PRESETS.items():
-        sinks = (fields.get("sparse_attention") or {}).get("num_sink_tokens", "")
-        window = fields.get("sliding_window", "")
-        rows.append(
-            f"| `{name}`{' (new models)' if 'shape' in fields else ''} | `{fields['layer_types']}` | {window} | {sinks} |"
-        )
+        sparse = fields.get("sparse_attention") or {}
+        routed = f"{sparse['routed_clusters']} x {sparse['routed_tokens']}" if "routed_clusters" in sparse else ""
+        cells = [fields["layer_types"], fields.get("sliding_window", ""), sparse.get("num_sink_tokens", ""), routed]
+        shown = " | ".join(str(cell) for cell in cells[1:])
+        rows.append(f"| `{name}`{' (new models)' if 'shape' in fields else ''} | `{cells[0]}` | {shown} |")
     return "\n".join(rows) + f"\n\nLetters: {letters}.\n"
 
 
@@ -83,18 +114,20 @@ def rendered(page: str) -> str:
         if name is None:
             return f"{match[1]}{preset_rows()}{match[4]}"
         result = json.loads(Path("results", f"{name}.json").read_text())
-        table = attention_table(result) if name == "attention_layer" else markdown_table(result)
-        return f"{match[1]}{table}\n`python {COMMANDS[name]}`\n{match[4]}"
+        table = TABLES.get(name, markdown_table)(result)
+        command = COMMANDS.get(name, f"benchmark_model.py {name.removeprefix('smollm2_')}")
+        return f"{match[1]}{table}\n`python scripts/{command}`\n{match[4]}"
 
     return MARKED.sub(replace, page)
 
 
 def overview() -> dict:
-    """Quality and cost of the models that both runs have measured, as one result."""
-    perplexity, cost = (
-        json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in ("perplexity", "cost_float32")
-    )
-    return {**cost, "perplexity": {label: perplexity["perplexity"][label] for label in cost["models"]}}
+    """Quality and cost of the models that all of these runs have measured, as one result."""
+    names = ("perplexity", "retrieval", "cost_float32", "memory")
+    runs = {name: json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in names}
+    cost = runs["cost_float32"]
+    quality = {name: {label: runs[name][name][label] for label in cost["models"]} for name in ("perplexity", "retrieval")}
+    return {**cost, **quality, "memory": runs["memory"]["memory"]}
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_deepseek_r1.configuration import PRESETS, DeepseekR1TextConfig, expand_layer_pattern, preset_fields
 from tests.models import PATTERNS, tiny_config
@@ -190,3 +190,16 @@ def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises((ValueError, StrictDataclassError)) as caught:
         tiny_config("mixed", **fields)
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+
+
+def test_files_of_routed_models_are_read_by_the_base_class_too(tmp_path):
+    """As a resuming Trainer and AutoTokenizer do; it knows no layer types but transformers' own."""
+    config = tiny_config("routed_mixed")
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["layer_pattern"] == "SRF" and "layer_types" not in stored
+    assert PreTrainedConfig.from_json_file(tmp_path / "config.json").hidden_size == config.hidden_size
+    read = DeepseekR1TextConfig.from_pretrained(tmp_path)
+    assert read == config and read.layer_types == config.layer_types and not hasattr(read, "layer_pattern")
+    tiny_config("mixed").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == tiny_config("mixed").layer_types

@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text_help = f"UTF-8 text files, or {built_in} from Python's own library" + default
     parser.add_argument("--text", nargs="+", default=["prose"], metavar="FILE", help=text_help)
     parser.add_argument(
+        "--skip-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out the beginning of the text, which a calibration may have read; not for retrieval" + default,
+    )
+    parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=["perplexity", "speed", "memory"], help="what to measure" + default
     )
     parser.add_argument(
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     models, tokenizer = _load(checkpoints, DTYPES[args.dtype])
     for blocks in args.mean_blocks:
         models[f"{blocks} mean blocks"] = _with_mean_blocks(models, blocks)
-    input_ids = encode_text(tokenizer, text)
+    input_ids = encode_text(tokenizer, text)[args.skip_tokens :]
     _check_lengths(args, models, input_ids.numel())
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -138,6 +145,7 @@ _SETTINGS = [
     "checkpoint",
     "against",
     "text",
+    "skip_tokens",
     "tasks",
     "lengths",
     "windows",
@@ -162,6 +170,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads {args.threads} must be 1 or more")
     if any(blocks < 1 for blocks in args.mean_blocks):
         raise ValueError(f"--mean-blocks {min(args.mean_blocks)} must be 1 or more")
+    if args.skip_tokens < 0:
+        raise ValueError(f"--skip-tokens {args.skip_tokens} must be 0 or more")
     if min(args.lengths) < 2:
         raise ValueError(f"--lengths {min(args.lengths)} must be 2 tokens or more")
     for path in (args.output, args.table, args.plot):

@@ -125,7 +125,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, int, list[str], list[float]
         add("Perplexity", result["perplexity"], lambda c: f"{float(c['perplexity']):.2f}", lambda c: c["perplexity"])
     if "retrieval" in result:
         cells = {label: result["retrieval"][label]["by_length"] for label in labels}
-        add("Retrieval accuracy, % (95 % interval)", cells, _accuracy, lambda c: c["accuracy"])
+        add("Retrieval, % (95 % interval)", cells, _accuracy, lambda c: c["accuracy"])
     if "speed" in result:
         cells = {label: _by_label(result["speed"]["cells"], label) for label in labels}
         add("Prefill, s", cells, lambda c: _spread(c["prefill_seconds"], 1, 2), lambda c: c["prefill_ratio"]["median"])
@@ -153,18 +153,20 @@ def _accuracy(cell: dict[str, Any]) -> str:
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    """A Markdown table, one row per quantity and context length, one column per model, and a column of ratios to the first
-    model for each further one; below it one line on how it was measured.
+    """A Markdown table with a row per model and a column per quantity and context length; where there are further models, a
+    number is followed by its ratio to that of the first one. Below it, one line on how it was measured.
 
     Times are medians with minimum and maximum; their ratios are medians over pairs of runs taken in turn.
     """
-    labels = list(result["models"])
-    baseline = labels[0]
-    header = ["", "Context, tokens", *labels, *(f"{label} / {baseline}" for label in labels[1:])]
-    lines = ["| " + " | ".join(header) + " |", "|:--|" + "--:|" * (len(header) - 1)]
-    for what, length, texts, numbers in _rows(result):
-        ratios = [f"{number / numbers[0]:.2f}" if numbers[0] else "–" for number in numbers[1:]]
-        lines.append("| " + " | ".join([what, f"{length:,}", *texts, *ratios]) + " |")
+    labels, columns = list(result["models"]), _rows(result)
+    header = ["", *(f"{what}, {length:,} tokens" for what, length, *_ in columns)]
+    lines = ["| " + " | ".join(header) + " |", "|:--|" + "--:|" * len(columns)]
+    for row, label in enumerate(labels):
+        cells = [
+            texts[row] + (f" · {numbers[row] / numbers[0]:.2f}x" if row and numbers[0] else "")
+            for _, _, texts, numbers in columns
+        ]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines) + "\n\n" + _measured_on(result) + "\n"
 
 

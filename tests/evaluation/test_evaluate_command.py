@@ -35,10 +35,10 @@ def test_all_outputs_of_one_run(folders, tmp_path, capsys):
     output, table, picture = tmp_path / "result.json", tmp_path / "table.md", tmp_path / "plot.png"
     arguments = (folders / "first", "--against", folders / "second", "--labels", "dense", "hybrid", *SMALL)
     tasks = ("--tasks", "perplexity", "retrieval", "speed")
-    evaluate_with(*arguments, *tasks, "--seed", 3, "--output", output, "--table", table, "--plot", picture)
+    evaluate_with(*arguments, *tasks, "--seed", 3, "--skip-tokens", 7, "--output", output, "--table", table, "--plot", picture)
     printed = capsys.readouterr()
     assert printed.out == table.read_text()
-    assert printed.out.startswith("|  | Context, tokens | dense | hybrid | hybrid / dense |")
+    assert printed.out.startswith("|  | Perplexity, 450 tokens | Perplexity, 600 tokens |")
     assert "perplexity of hybrid at 600 tokens: 2/2" in printed.err
     assert picture.read_bytes().startswith(b"\x89PNG")
     result = read_report(output)
@@ -47,12 +47,25 @@ def test_all_outputs_of_one_run(folders, tmp_path, capsys):
     assert result["models"]["hybrid"]["class"] == "LlamaForCausalLM"
     assert (result["settings"]["seed"], result["settings"]["lengths"]) == (3, [450, 600])
     assert result["settings"]["text_tokens"] > 100_000
-    ids = encode_text(make_byte_tokenizer(), read_text())
+    assert result["retrieval"]["dense"]["chance_seen"] == 0.2
+    ids = encode_text(make_byte_tokenizer(), read_text())[7:]
     expected = perplexity(load_model(folders / "second"), ids, context_length=600, num_windows=2).to_dict()
     assert result["perplexity"]["hybrid"][1]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
     assert result["retrieval"]["dense"]["cells"][0]["seeds"] == [3]
     assert result["speed"]["baseline"] == "dense"
     assert "memory" not in result
+
+
+def test_mean_blocks_as_a_further_model(folders, tmp_path):
+    output = tmp_path / "result.json"
+    tasks = ("--tasks", "perplexity", "retrieval", "--planted", 1, "--mean-blocks", 2)
+    evaluate_with(folders / "first", *tasks, *SMALL[3:], "--lengths", 450, 800, "--output", output)
+    result = read_report(output)
+    assert list(result["models"]) == ["first", "2 mean blocks"]
+    short, long = (result["perplexity"][label] for label in result["models"])
+    assert short[0]["perplexity"] == pytest.approx(long[0]["perplexity"], rel=1e-5)
+    assert short[1]["perplexity"] != pytest.approx(long[1]["perplexity"], rel=1e-6)
+    assert result["retrieval"]["first"]["chance_seen"] == 1.0
 
 
 @pytest.mark.slow
@@ -103,6 +116,8 @@ def test_a_length_beyond_the_model_warns(folders, capsys):
         (["{root}/first", "--lengths", "1"], ValueError, "--lengths 1"),
         (["{root}/first", "--windows", "0"], ValueError, "--windows 0"),
         (["{root}/first", "--decode-tokens", "-1"], ValueError, "--decode-tokens -1"),
+        (["{root}/first", "--mean-blocks", "0"], ValueError, "--mean-blocks 0"),
+        (["{root}/first", "--skip-tokens", "-3"], ValueError, "--skip-tokens -3"),
         (["{root}/first", "--threads", "0"], ValueError, "--threads 0"),
         (["{root}/first", "--text", "{root}/absent.txt"], FileNotFoundError, "no text file"),
         (["{root}/first", "--plot", "{root}/figure.doc"], ValueError, "cannot draw"),

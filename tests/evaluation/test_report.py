@@ -124,29 +124,31 @@ def test_unreadable_reports_are_refused(tmp_path):
         read_report(tmp_path / "list.json")
 
 
-def test_table_has_a_row_per_quantity_and_length():
+def test_table_has_a_row_per_model_and_a_column_per_quantity_and_length():
     table = markdown_table(made_result(*ALL))
-    lines = table.splitlines()
-    assert lines[0] == "|  | Context, tokens | dense | hybrid | hybrid / dense |"
-    assert lines[1] == "|:--|--:|--:|--:|--:|"
-    assert lines[2] == "| Perplexity | 1,024 | 10.00 | 10.50 | 1.05 |"
-    assert "| Retrieval accuracy, % (95 % interval) | 4,096 | 80 (70–90) | 60 (50–70) | 0.75 |" in lines
-    assert "| Prefill, s | 1,024 | 2.00 (1.00–3.00) | 1.00 (0.50–1.50) | 0.50 |" in lines
-    assert "| Decode, ms/token | 1,024 | 20.0 | 10.0 | 0.50 |" in lines
-    assert "| Cache, MiB | 4,096 | 4.0 | 2.0 | 0.50 |" in lines
-    assert "| Peak memory beyond weights, MiB | 4,096 | 128 | 32 | 0.25 |" in lines
-    assert len([line for line in lines if line.startswith("|")]) == 2 + 6 * 2
-    assert f"torch {torch.__version__}" in lines[-1]
-    assert "retrieval by chance: 10 %" in lines[-1]
+    header, ruler, dense, hybrid, _, note = table.splitlines()
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert len(names) == 1 + 6 * 2 and ruler == "|:--|" + "--:|" * 12
+    first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in (dense, hybrid))
+    cells = {name: (one, two) for name, one, two in zip(names, first, second, strict=True)}
+    assert cells[""] == ("dense", "hybrid")
+    assert cells["Perplexity, 1,024 tokens"] == ("10.00", "10.50 · 1.05x")
+    assert cells["Retrieval, % (95 % interval), 4,096 tokens"] == ("80 (70–90)", "60 (50–70) · 0.75x")
+    assert cells["Prefill, s, 1,024 tokens"] == ("2.00 (1.00–3.00)", "1.00 (0.50–1.50) · 0.50x")
+    assert cells["Decode, ms/token, 1,024 tokens"] == ("20.0", "10.0 · 0.50x")
+    assert cells["Cache, MiB, 4,096 tokens"] == ("4.0", "2.0 · 0.50x")
+    assert cells["Peak memory beyond weights, MiB, 4,096 tokens"] == ("128", "32 · 0.25x")
+    assert f"torch {torch.__version__}" in note
+    assert "retrieval by chance: 10 %" in note
 
 
 def test_table_of_one_model_has_no_ratios():
     result = made_result("perplexity")
     del result["models"]["hybrid"]
     assert markdown_table(result).splitlines()[:3] == [
-        "|  | Context, tokens | dense |",
+        "|  | Perplexity, 1,024 tokens | Perplexity, 4,096 tokens |",
         "|:--|--:|--:|",
-        "| Perplexity | 1,024 | 10.00 |",
+        "| dense | 10.00 | 10.00 |",
     ]
 
 
