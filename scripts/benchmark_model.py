@@ -4,8 +4,8 @@ python scripts/benchmark_model.py perplexity       4K and 8K tokens of text that
 python scripts/benchmark_model.py retrieval        a planted fact in 4K and 8K tokens
 python scripts/benchmark_model.py cost             prefill of 32K tokens, decoding after it; float32, or --dtype bfloat16
 python scripts/benchmark_model.py memory           peak memory of a prefill of 16K tokens
-python scripts/benchmark_model.py generation       1,024 tokens after a prompt of 10,240
-python scripts/benchmark_model.py decode           decoding after 1K and after 64K tokens, routed models only
+python scripts/benchmark_model.py generation       128 tokens after a prompt of 10,240
+python scripts/benchmark_model.py decode           decoding after 1K and after 64K tokens, the routed model
 python scripts/benchmark_model.py routing          what routed layers choose, beside most recent keys and mean blocks
 python scripts/benchmark_model.py patterns         what `layer_types="auto"` has tried
 """
@@ -48,7 +48,7 @@ HELD_OUT = 20000
 
 TASKS = {
     "perplexity": (
-        ("window + sinks", "routed", "balanced", "high_accuracy", "auto"),
+        ("window + sinks", "routed", "balanced", "high_accuracy"),
         *(["4096", "8192"], "--tasks", "perplexity", "--windows", "2", "--mean-blocks", "4", "8"),
     ),
     "retrieval": (
@@ -57,7 +57,7 @@ TASKS = {
     ),
     "cost": (("window + sinks", "routed", "balanced"), ["1024", "32768"], "--tasks", "speed", "--repeats", "1"),
     "memory": (("window + sinks", "routed", "balanced"), ["16384"], "--tasks", "memory"),
-    "generation": (("routed", "balanced"), ["10240"], "--tasks", "speed", "--repeats", "1", "--decode-tokens", "1024"),
+    "generation": (("routed", "balanced"), ["10240"], "--tasks", "speed", "--repeats", "1", "--decode-tokens", "128"),
 }
 """Measurement -> variants, context lengths, and further arguments of `deepseek-r1 evaluate`."""
 
@@ -113,10 +113,10 @@ def main() -> None:
     if args.what in ("routing", "patterns"):
         {"routing": routing, "patterns": patterns}[args.what](args.folder)
     elif args.what == "decode":
-        labels, tasks = ["routed", "balanced"], ["--tasks", "speed", "--repeats", "1", "--decode-tokens", "64"]
+        labels, tasks = ["routed"], ["--tasks", "speed", "--repeats", "1", "--decode-tokens", "64"]
         folders = [str(converted(label)) for label in labels]
         lengths = args.lengths or ["1024", "65536"]
-        evaluate(folders[0], "--against", *folders[1:], "--labels", *labels, *tasks, "--lengths", *lengths, *common)
+        evaluate(*folders, "--labels", *labels, *tasks, "--lengths", *lengths, *common)
     else:
         labels, lengths, *tasks = TASKS[args.what]
         folders = [str(converted(label)) for label in labels]

@@ -87,7 +87,26 @@ def pattern_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"attention_layer": attention_table, "smollm2_routing": routing_table, "smollm2_patterns": pattern_table}
+def generation_table(result: dict, tokens: int = 1024) -> str:
+    """Rows: models; the time of a prompt and of `tokens` generated after it, from the measured time per token."""
+    lines = [f"| | prefill | decoding, per token | prompt + {tokens:,} tokens | less time |", "|---|---|---|---|---|"]
+    totals = []
+    for cell in result["speed"]["cells"]:
+        prefill, decode = cell["prefill_seconds"]["median"], cell["decode_seconds_per_token"]["median"]
+        totals.append(prefill + tokens * decode)
+        saved = f"{1 - totals[-1] / totals[0]:.0%}" if len(totals) > 1 else ""
+        lines.append(f"| {cell['label']} | {prefill:.1f} s | {decode * 1e3:.0f} ms | {totals[-1]:.0f} s | {saved} |")
+    (length,) = {cell["length"] for cell in result["speed"]["cells"]}
+    about = f"A prompt of {length:,} tokens; decoding timed over {result['settings']['decode_tokens']} tokens."
+    return "\n".join(lines) + f"\n\n{about}\n"
+
+
+TABLES = {
+    "attention_layer": attention_table,
+    "smollm2_generation": generation_table,
+    "smollm2_routing": routing_table,
+    "smollm2_patterns": pattern_table,
+}
 
 
 def preset_rows() -> str:

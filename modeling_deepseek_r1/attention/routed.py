@@ -53,7 +53,7 @@ class PairBatch:
         pairs: `[N, PAIR_BLOCK]` numbers of the pairs, as (batch, head, query, choice) in row-major order; the last of a block
             may repeat, see `real`.
         real: `[N, PAIR_BLOCK]` bool.
-        keys: `[N, S]` numbers of the keys, as (batch, key/value head, key) in row-major order.
+        keys: `[N, S]` numbers of the keys: rows of `_flat(key, spacing)`.
         begin, end: `[N, PAIR_BLOCK]` int32, the band of each pair within its strip.
     """
 
@@ -70,8 +70,12 @@ class PairBatch:
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
-def plan_pairs(routing: Routing, pattern: AttentionPattern) -> list[PairBatch]:
-    """Sorts keys and pairs as described above. The queries are the last Q of the K positions."""
+def plan_pairs(routing: Routing, pattern: AttentionPattern, spacing: int | None = None) -> list[PairBatch]:
+    """Sorts keys and pairs as described above. The queries are the last Q of the K positions.
+
+    Args:
+        spacing: rows of memory from the first key of a (batch, key/value head) to that of the next; default: K.
+    """
     query_clusters, key_clusters = routing.query_clusters, routing.key_clusters
     batch, heads, queries, choices = query_clusters.shape
     groups, length = key_clusters.shape[1:]
@@ -96,7 +100,7 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern) -> list[PairBatch]:
     cluster = (row * (int(codes.max()) + span + 1) + wanted).flatten()[pairs]
     offsets = (row * length).expand_as(start).flatten()[pairs]
     start, stop = start.flatten()[pairs] + offsets, stop.flatten()[pairs] + offsets
-    return _blocks(pairs, cluster, start, stop, (order + row * length).flatten())
+    return _blocks(pairs, cluster, start, stop, (order + row * (spacing or length)).flatten())
 
 
 def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
@@ -130,9 +134,9 @@ def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
 
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, log_gate, local, batches, choices, scale):
+    def forward(ctx, query, key, value, log_gate, local, batches, choices, scale, spacing):
         output, total = run_plan(query, key, value, local, scale)
-        remote, remote_sum = _run_pairs(query, key, value, batches, choices, scale)
+        remote, remote_sum = _run_pairs(query, _flat(key, spacing), _flat(value, spacing), batches, choices, scale)
         raised = remote_sum + log_gate
         merged = torch.logaddexp(total, raised)
         share = (raised - merged).exp().unsqueeze(-1)
@@ -150,7 +154,7 @@ class _RoutedAttention(torch.autograd.Function):
         _run_pairs_backward(grads, grad, query, key, value, output, merged - log_gate, batches, choices, scale)
         grad_gate = ((remote - output) * grad).sum(-1) * share.squeeze(-1)
         casts = (x.to(y.dtype) for x, y in zip(grads, (query, key, value), strict=True))
-        return *casts, grad_gate.to(log_gate.dtype), None, None, None, None
+        return *casts, grad_gate.to(log_gate.dtype), None, None, None, None, None
 
 
 def routed_attention(
@@ -172,9 +176,27 @@ def routed_attention(
     """
     length = key.shape[2]
     local = local_plan(pattern, query.shape[2], length, length, query.dtype, query.device)
-    batches = plan_pairs(routing, pattern)
+    # Gradients have no room between the heads.
+    spacing = (None if torch.is_grad_enabled() else _spacing(key, value)) or length
+    batches = plan_pairs(routing, pattern, spacing)
     choices = routing.query_clusters.shape[-1]
-    return _RoutedAttention.apply(query, key, value, routing.log_gate, local, batches, choices, scale)
+    return _RoutedAttention.apply(query, key, value, routing.log_gate, local, batches, choices, scale, spacing)
+
+
+def _spacing(key: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Rows of memory from one head to the next where keys and values lie alike, as in a cache with room at its end; else None."""
+    _, groups, _, size = key.shape
+    steps = key.stride()
+    regular = steps[3] == 1 and steps[2] == size and steps[1] % size == 0 and (len(key) == 1 or steps[0] == groups * steps[1])
+    return steps[1] // size if regular and value.stride() == steps and value.shape == key.shape else None
+
+
+def _flat(states: torch.Tensor, spacing: int) -> torch.Tensor:
+    """Keys or values `[B, G, K, D]` as rows `[R, D]`; without a copy where the memory allows it (a cache may hold a long text)."""
+    batch, groups, length, size = states.shape
+    if spacing == length:
+        return states.reshape(-1, size)
+    return states.as_strided(((batch * groups - 1) * spacing + length, size), (size, 1))
 
 
 def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -188,17 +210,21 @@ def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.index_select(0, index.flatten()).view(index.shape[0], 1, index.shape[1], -1)
 
 
-def _run_pairs(query, key, value, batches, choices, scale):
-    """The remote part: `[B, H, Q, D]` float32 and its log-sum-exp `[B, H, Q]`, 0 and -inf where it is empty."""
+def _run_pairs(query, keys, values, batches, choices, scale):
+    """The remote part: `[B, H, Q, D]` float32 and its log-sum-exp `[B, H, Q]`, 0 and -inf where it is empty.
+
+    Args:
+        keys, values: `[R, D]`, see `_flat`.
+    """
     rows, size = query.shape[0] * query.shape[1] * query.shape[2], query.shape[3]
     # One row more than there are pairs takes what the last blocks have repeated.
     spare = rows * choices
     outputs = query.new_zeros(spare + 1, size)
     sums = torch.full((spare + 1,), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    flat = [x.reshape(-1, size) for x in (query, key, value)]
+    queries = query.reshape(-1, size)
     for batch in batches:
-        strips = (_rows(states, batch.keys) for states in flat[1:])
-        part, part_sum = attend(_rows(flat[0], batch.pairs // choices), *strips, scale, batch.mask(query.dtype))
+        strips = (_rows(states, batch.keys) for states in (keys, values))
+        part, part_sum = attend(_rows(queries, batch.pairs // choices), *strips, scale, batch.mask(query.dtype))
         target = batch.pairs.masked_fill(~batch.real, spare).flatten()
         outputs.index_copy_(0, target, part.flatten(0, 2))
         sums.index_copy_(0, target, part_sum.flatten().to(sums.dtype))
@@ -242,7 +268,7 @@ def routed_step(
 
     Args:
         query: `[B, H, 1, D]`. key, value: `[B, G, K, D]`.
-        index: `[B, H, N]` remote keys of each query head; found: `[B, H, N]` bool, which of them count.
+        index: `[B, H, N]` remote keys of each query head; found: `[B, H, N]` bool, which of them count (others may be -1).
         log_gate: `[B, H, 1]`.
     """
     length, near = key.shape[2], pattern.num_sink_tokens + pattern.window
@@ -252,11 +278,15 @@ def routed_step(
     local = attend(query, *ends, scale)
     if not index.shape[2]:
         return local[0]
-    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
-    groups = torch.arange(query.shape[1], device=key.device)[None, :, None] // (query.shape[1] // key.shape[1])
+    batch, groups = key.shape[:2]
+    spacing = _spacing(key, value) or length
+    head = torch.arange(query.shape[1], device=key.device)[:, None] // (query.shape[1] // groups)
+    row = torch.arange(batch, device=key.device)[:, None, None] * groups + head
+    flat_index = (index.clamp(min=0) + row * spacing).flatten()
+    states = (_flat(x, spacing).index_select(0, flat_index).view(*index.shape, -1) for x in (key, value))
     empty = ~found.any(-1, keepdim=True)
     mask = torch.zeros(found.shape, dtype=query.dtype, device=key.device).masked_fill_(~(found | empty), float("-inf"))
-    remote, remote_sum = attend(query, key[rows, groups, index], value[rows, groups, index], scale, mask.unsqueeze(2))
+    remote, remote_sum = attend(query, *states, scale, mask.unsqueeze(2))
     raised = (remote_sum + log_gate).masked_fill(empty, float("-inf"))
     share = (raised - torch.logaddexp(local[1], raised)).exp().unsqueeze(-1)
     return torch.lerp(local[0].to(share.dtype), remote.to(share.dtype), share).to(query.dtype)

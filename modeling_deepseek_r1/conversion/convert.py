@@ -107,11 +107,12 @@ def convert_checkpoint(
         context_length=context_length,
     )
     refit, calibration = calibration is not None or layer_types == AUTO, as_calibration(calibration)
-    routers, tried = None, []
+    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
+    tokens, routers, tried = calibration.tokens_for(target), None, []
     if layer_types == AUTO and not dry_run:
         check_destination(Path(destination).expanduser().resolve(), overwrite, origin.path)
         target, routers, tried = _find_pattern(origin, target, calibration)
-    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
+        plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
     report = build_report(origin, plain, target, plan, (source, destination), source_config.model_type)
     if getattr(origin, "quantized", None):
         report.warnings.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
@@ -122,7 +123,7 @@ def convert_checkpoint(
     if plan.fitted or tried:
         report.calibration = {
             "texts": [Path(text).name for text in calibration.texts],
-            "tokens": calibration.tokens_for(target),
+            "tokens": tokens,
             "seed": calibration.seed,
             "patterns": [asdict(candidate) for candidate in tried],
         }

@@ -148,3 +148,29 @@ def test_ties_go_to_the_lower_cluster():
     assert choose_clusters(torch.zeros(1, 1, 1, 4), centroids, 3).tolist() == [[[[0, 1, 2]]]]
     assert choose_clusters(torch.tensor([[[[0.0, 2.0, 0.0, 2.0]]]]), centroids, 3).tolist() == [[[[1, 3, 0]]]]
     assert assign_keys(torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]]), centroids).tolist() == [[[0]]]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_grows_with_the_length_and_not_with_its_square(training):
+    """Up to 64K tokens: the largest tensor and the highest sum of all that live at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    pattern = AttentionPattern(64, 8, 2, 32)
+
+    def run(n):
+        tensors, routing = problem(2, 1, n, n, 32, 2, batch=1)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            with torch.set_grad_enabled(training):
+                output = routed_attention(*tensors, routing, pattern, 0.25)
+            if training:
+                output.sum().backward()
+        live = highest = 0
+        for event in sorted(record.events(), key=lambda event: event.time_range.end):
+            live += event.self_cpu_memory_usage
+            highest = max(highest, live)
+        return highest / output.nbytes
+
+    short, long = run(8192), run(65536)
+    # Besides the output: keys, pairs and their parts, of each a fixed number per token.
+    assert long < 1.5 * short, (short, long)
+    assert long < 40
