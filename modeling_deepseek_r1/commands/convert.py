@@ -14,6 +14,15 @@ PATTERN_ARGUMENTS = (
     "context_length",
     "gguf_file",
 )
+EXPERT_ARGUMENTS = {
+    "experts": "num_experts",
+    "expert_topology": "expert_topology",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_rank": "expert_rank",
+    "expert_layers": "expert_layers",
+    "domains": "domain_texts",
+}
+"""Option -> argument of `convert_checkpoint`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument(
         "--max-cost", type=float, metavar="X", help="with auto: share of full attention's products that it may cost, e.g. 0.4"
     )
+    _add_expert_arguments(parser)
     parser.add_argument("--gguf-file", metavar="F", help="name of the GGUF file inside SOURCE")
     parser.add_argument(
         "--dtype",
@@ -80,6 +90,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def _add_expert_arguments(parser: argparse.ArgumentParser) -> None:
+    experts = parser.add_argument_group("experts made of the MLPs of a dense source (the same function at first)")
+    experts.add_argument("--experts", type=int, metavar="N", help="experts of a layer, copies of its MLP unless --expert-rank")
+    experts.add_argument(
+        "--expert-topology",
+        nargs="+",
+        type=_stage,
+        metavar="DOMAIN=N,...",
+        help="experts of each domain, e.g. text=6,code=2; several such groups are stages from the first layers to the last",
+    )
+    experts.add_argument("--experts-per-token", type=int, metavar="N", help="experts that a token gets (default: 2)")
+    experts.add_argument(
+        "--expert-rank", type=int, metavar="R", help="share each layer's MLP and give every expert a delta of this rank"
+    )
+    experts.add_argument(
+        "--expert-layers",
+        type=_layers,
+        metavar="PATTERN",
+        help="letters that repeat over the layers, D = dense, E = experts, or numbers such as 3,7,11 (default: DE)",
+    )
+    experts.add_argument(
+        "--domains",
+        nargs="+",
+        type=_domain_text,
+        metavar="DOMAIN=FILE",
+        help="UTF-8 texts (or prose, code: the built-in ones) by which the router tells domains apart; a domain may have several."
+        " Without --expert-topology, all domains get equally many experts",
+    )
+
+
+def _stage(value: str) -> dict[str, int]:
+    counts = {}
+    for part in value.split(","):
+        domain, equals, count = part.partition("=")
+        if not (domain and equals and count.isdecimal()) or domain in counts:
+            raise argparse.ArgumentTypeError(f"{value!r} is not DOMAIN=N,DOMAIN=N,... with every domain once")
+        counts[domain] = int(count)
+    return counts
+
+
+def _layers(value: str) -> str | list[int]:
+    numbers = value.split(",")
+    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
+
+
+def _domain_text(value: str) -> tuple[str, str]:
+    domain, _, file = value.partition("=")
+    if not domain or not file:
+        raise argparse.ArgumentTypeError(f"{value!r} is not DOMAIN=FILE")
+    return domain, file
+
+
+def _expert_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """What is given, by option."""
+    given = {name: getattr(args, name) for name in EXPERT_ARGUMENTS if getattr(args, name) is not None}
+    if args.domains:
+        given["domains"] = {domain: [file for name, file in args.domains if name == domain] for domain, _ in args.domains}
+    return given
+
+
 def run(args: argparse.Namespace) -> None:
     """Converts, and prints the report on stdout.
 
@@ -97,13 +167,15 @@ def run(args: argparse.Namespace) -> None:
     if args.calibration or budget:
         texts = {"texts": tuple(args.calibration)} if args.calibration else {}
         given["calibration"] = Calibration(**texts, **budget)
+    experts = _expert_arguments(args)
     if args.to_dense:
-        if given:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
+        if given or experts:
+            names = ", ".join("--" + name.replace("_", "-") for name in [*given, *experts])
             raise ValueError(f"{names}: not with --to-dense, which keeps the checkpoint's pattern or drops it")
         report = to_dense(args.source, args.destination, allow_pattern_change=args.allow_pattern_change, **common)
     elif args.allow_pattern_change:
         raise ValueError("--allow-pattern-change belongs to --to-dense")
     else:
+        given |= {EXPERT_ARGUMENTS[name]: value for name, value in experts.items()}
         report = convert_checkpoint(args.source, args.destination, **given, **common)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.summary())

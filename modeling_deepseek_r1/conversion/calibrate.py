@@ -27,7 +27,7 @@ class Calibration:
     Attributes:
         texts: names of built-in texts (`"prose"`, `"code"`) or paths of UTF-8 files; the beginning of each is used equally.
         tokens: tokens to read in all; default: 16,384, or 256 for every centroid where that is more.
-        seed: of the clustering.
+        seed: of the clustering, and of what is random in new experts.
         max_increase: where a pattern is to be found (`layer_types="auto"`), how much the perplexity may rise: 0.03 = 3 %.
         max_cost: instead, or besides, the share of full attention's query-key products that it may cost; of the patterns within
             it the best one is taken.
@@ -76,7 +76,7 @@ def load_plain(
     fields["layer_types"] = ["full_attention" if kind == "local_routed_attention" else kind for kind in config.layer_types]
     with no_init_weights():
         model = DeepseekR1ForCausalLM(DeepseekR1TextConfig.from_dict(fields)).to(config.dtype)
-    targets = dict(model.named_parameters())
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name in names:
             targets[name].copy_(read(name))

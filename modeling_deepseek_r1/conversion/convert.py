@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,10 +21,11 @@ from transformers.utils.hub import convert_file_size_to_int
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 from .calibrate import Calibration, fit_routers, load_plain, router_tensors, text_windows
+from .domains import Texts, domains_entry, domains_without_text, fit_domain_gates, fitted_layers, read_domains
 from .families import TARGET_MODEL_TYPE
-from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors
+from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors, stored_dtype
 from .recommend import Candidate, recommend
-from .report import ConversionReport, cache_size, describe_pattern, layer_attention
+from .report import ConversionReport, cache_size, describe_experts, describe_pattern, layer_attention
 from .source import GENERATION_FILE, LEGAL_FILES, TOKENIZER_FILES, FolderSource, Source, open_source
 from .target import AUTO, apply_pattern, plain_target, read_source_config
 from .tokenizer_files import (
@@ -34,7 +36,8 @@ from .tokenizer_files import (
     gguf_vocabulary,
     write_generation_config,
 )
-from .write import TensorInfo, atomic_folder, check_destination, clean_leftovers, write_weights
+from .upcycle import apply_experts, sparse_layers, upcycled_plan
+from .write import atomic_folder, check_destination, clean_leftovers, write_weights
 
 CALIBRATION_FILE = "calibration.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +54,12 @@ def convert_checkpoint(
     num_clusters: int | None = None,
     context_length: int | None = None,
     calibration: str | os.PathLike | Sequence[str | os.PathLike] | Calibration | None = None,
+    expert_topology: Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
+    expert_rank: int | None = None,
+    expert_layers: Sequence[int] | str | None = None,
+    domain_texts: Mapping[str, Texts] | None = None,
     gguf_file: str | None = None,
     dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
@@ -62,7 +71,8 @@ def convert_checkpoint(
     """Converts a Llama, Mistral, Qwen2, Qwen3 or SmolLM3 checkpoint, or changes the attention pattern of a converted one.
 
     Without a pattern argument the source's own pattern is kept and the result is the same function. `preset`, `layer_types`,
-    `sliding_window` and `num_sink_tokens` ask for a sparse pattern; explicit arguments win over the preset.
+    `sliding_window` and `num_sink_tokens` ask for a sparse pattern; explicit arguments win over the preset. `num_experts` or
+    `expert_topology` make a mixture of experts of a dense checkpoint, which changes the function in no way.
 
     Args:
         source: folder with safetensors files, hub id, or GGUF file.
@@ -78,6 +88,17 @@ def convert_checkpoint(
         calibration: text to which the centroids of routed layers are fitted, in one pass of the source model over it (which
             takes the memory of that model): path or paths of UTF-8 files, or a [`Calibration`]; default: prose and code of
             Python's standard library. A routed source keeps its centroids unless this or `num_clusters` is given.
+        expert_topology: domain -> number of experts, or a list of such stages (`ExpertRouting`); default: with `domain_texts`
+            equally many for each of its domains, otherwise one domain.
+        num_experts: experts of a sparse layer, each at first a copy of its MLP. Routers start random, by the seed of
+            `calibration`.
+        num_experts_per_tok: experts that a token gets; default: 2.
+        expert_rank: r = the experts of a layer share its MLP and differ by a delta of rank r each, at first zero. A model grows
+            by a tenth instead of several times.
+        expert_layers: numbers of the layers that get experts, or letters that repeat over the layers, D = dense, E = experts;
+            default: `"DE"`, every second layer.
+        domain_texts: domain -> name of a built-in text or path or paths of UTF-8 files. In one pass over them the domain gates
+            are fitted, so that tokens of a domain go to its experts.
         gguf_file: name of the GGUF file inside `source`.
         dtype: dtype of the written weights, e.g. `"bfloat16"`; default: as stored (float32 for a quantised GGUF file).
         dry_run: check and report, reading no weights and writing nothing.
@@ -97,7 +118,7 @@ def convert_checkpoint(
     origin = open_source(source, gguf_file=gguf_file, revision=revision, token=token)
     source_config = read_source_config(origin)
     plain = plain_target(source_config, weights_dtype(origin, source_config, dtype))
-    target = apply_pattern(
+    dense = apply_pattern(
         plain,
         preset=preset,
         layer_types=layer_types,
@@ -106,30 +127,44 @@ def convert_checkpoint(
         num_clusters=num_clusters,
         context_length=context_length,
     )
+    experts = {
+        "expert_topology": expert_topology,
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "expert_rank": expert_rank,
+        "expert_layers": expert_layers,
+        "domain_texts": domain_texts,
+    }
+    target = apply_experts(dense, **experts)
     refit, calibration = calibration is not None or layer_types == AUTO, as_calibration(calibration)
-    plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
-    tokens, routers, tried = calibration.tokens_for(target), None, []
+    plan = plan_tensors(origin, dense, as_dtype(dtype), router_tensors(dense), refit=refit)
+    tokens, routers, tried = calibration.tokens_for(dense), None, []
     if layer_types == AUTO and not dry_run:
         check_destination(Path(destination).expanduser().resolve(), overwrite, origin.path)
-        target, routers, tried = _find_pattern(origin, target, calibration)
-        plan = plan_tensors(origin, target, as_dtype(dtype), router_tensors(target), refit=refit)
+        dense, routers, tried = _find_pattern(origin, dense, calibration)
+        target = apply_experts(dense, **experts)
+        plan = plan_tensors(origin, dense, as_dtype(dtype), router_tensors(dense), refit=refit)
+    fits_centroids = bool(plan.fitted)
+    if target is not dense:
+        plan = upcycled_plan(plan, target, calibration.seed, fitted_layers(target, list(domain_texts or {})))
     report = build_report(origin, plain, target, plan, (source, destination), source_config.model_type)
-    if getattr(origin, "quantized", None):
-        report.warnings.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
-    if layer_types == AUTO and dry_run:
-        report.warnings.append(
-            "layer_types='auto': the sizes are those with every layer routed; the pattern is found while converting"
-        )
-    if plan.fitted or tried:
-        report.calibration = {
-            "texts": [Path(text).name for text in calibration.texts],
-            "tokens": tokens,
-            "seed": calibration.seed,
-            "patterns": [asdict(candidate) for candidate in tried],
-        }
+    report.warnings += _notes(origin, target, layer_types == AUTO and dry_run, domain_texts)
+    if fits_centroids or tried:
+        report.calibration = _calibration_entry(calibration, tokens, tried)
+    if domain_texts:
+        report.calibration = (report.calibration or {}) | {"domains": domains_entry(domain_texts)}
 
     def fit() -> dict[str, torch.Tensor]:
-        return routers or _fit(origin, target, calibration)[1]
+        fitted, model = routers or {}, None
+        if fits_centroids and not fitted:
+            model, fitted, _ = _fit(origin, dense, calibration)
+        if domain_texts:
+            texts = read_domains(source_tokenizer(origin), domain_texts)
+            model = model or _load_plain(origin, dense)
+            gates, purity = fit_domain_gates(model, target, texts, lambda name: plan.made[name](origin.read))
+            report.calibration["domains"] = domains_entry(domain_texts, purity)
+            fitted = fitted | gates
+        return fitted
 
     write_checkpoint(
         origin, source_config, target, plan, report, dry_run, overwrite, max_shard_size, fit if plan.fitted else None
@@ -137,13 +172,41 @@ def convert_checkpoint(
     return report
 
 
+def _calibration_entry(calibration: Calibration, tokens: int, tried: list[Candidate]) -> dict[str, Any]:
+    return {
+        "texts": [Path(text).name for text in calibration.texts],
+        "tokens": tokens,
+        "seed": calibration.seed,
+        "patterns": [asdict(candidate) for candidate in tried],
+    }
+
+
+def _notes(
+    origin: Source, target: DeepseekR1TextConfig, pattern_is_open: bool, domain_texts: Mapping[str, Texts] | None
+) -> list[str]:
+    """Warnings of a report: what a reader of the arguments would not expect."""
+    notes = []
+    if getattr(origin, "quantized", None):
+        notes.append(f"the source is quantised ({', '.join(origin.quantized)}); its dequantised weights are written")
+    if pattern_is_open:
+        notes.append("layer_types='auto': the sizes are those with every layer routed; the pattern is found while converting")
+    closed = domains_without_text(target, list(domain_texts or {}))
+    if closed:
+        notes.append(f"no text for {', '.join(closed)}: these experts start closed to what the other domains' texts look like")
+    return notes
+
+
 def _fit(
     origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
 ) -> tuple[DeepseekR1ForCausalLM, dict[str, torch.Tensor], list[torch.Tensor]]:
     """The plain model, the router tensors fitted on it, and the text that was not read for them."""
     windows, held_out = text_windows(source_tokenizer(origin), calibration, calibration.tokens_for(target))
-    model = load_plain(target, list(expected_tensors(target)), origin.read)
+    model = _load_plain(origin, target)
     return model, fit_routers(model, target, windows, calibration.seed), held_out
+
+
+def _load_plain(origin: Source, config: DeepseekR1TextConfig) -> DeepseekR1ForCausalLM:
+    return load_plain(config, list(expected_tensors(config)), origin.read)
 
 
 def _find_pattern(
@@ -172,7 +235,7 @@ def source_tokenizer(origin: Source):
     if not isinstance(origin, FolderSource):
         return gguf_tokenizer(origin.path, origin.metadata)
     if not find_files(origin.path, TOKENIZER_FILES):
-        raise ValueError(f"{origin.path} has no tokenizer, so no text can be read to fit centroids of routed layers")
+        raise ValueError(f"{origin.path} has no tokenizer, so no text can be read to fit centroids or domain gates to")
     return AutoTokenizer.from_pretrained(origin.path)
 
 
@@ -189,6 +252,11 @@ def build_report(
     dtype = after.dtype
     layers_before, layers_after = layer_attention(before, dtype), layer_attention(after, dtype)
     sizes = [info.numel for info in plan.tensors.values()]
+    loaded = [info.numel * stored_dtype(name, dtype).itemsize for name, info in plan.tensors.items()]
+    experts = describe_experts(after)
+    if experts and not sparse_layers(before):
+        parameters = [sum(torch.Size(shape).numel() for shape in expected_tensors(c).values()) for c in (before, after)]
+        experts += f", {parameters[1] / parameters[0] - 1:+.1%} parameters"
     tokenizer = ["from the GGUF file"]
     if isinstance(origin, FolderSource):
         tokenizer = [str(file) for file in find_files(origin.path, TOKENIZER_FILES)]
@@ -202,7 +270,7 @@ def build_report(
         target_family=target_family,
         parameters=sum(sizes),
         disk_bytes=sum(info.nbytes for info in plan.tensors.values()),
-        load_bytes=(sum(sizes) + max(sizes)) * dtype.itemsize,
+        load_bytes=sum(loaded) + max(loaded),
         dtype=str(dtype).removeprefix("torch."),
         pattern=describe_pattern(layers_after),
         cache_before=cache_size(layers_before),
@@ -213,6 +281,7 @@ def build_report(
         tensors_skipped=[f"{name}: {reason}" for name, reason in plan.skipped.items()],
         tokenizer=tokenizer,
         warnings=warnings,
+        experts=experts,
     )
 
 
@@ -247,7 +316,7 @@ def write_checkpoint(
         )
     with atomic_folder(destination, report.disk_bytes) as folder:
         fitted = fit() if fit is not None else {}
-        _stream_weights(origin, plan.tensors, fitted, folder, report, shard_bytes)
+        _stream_weights(origin, plan, fitted, folder, report, shard_bytes)
         config.save_pretrained(folder)
         if report.calibration:
             (folder / CALIBRATION_FILE).write_text(json.dumps(report.calibration, indent=2) + "\n", encoding="utf-8")
@@ -275,7 +344,7 @@ def weights_dtype(origin: Source, config: PreTrainedConfig, dtype: str | torch.d
 
 def _stream_weights(
     origin: Source,
-    tensors: Mapping[str, TensorInfo],
+    plan: TensorPlan,
     fitted: Mapping[str, torch.Tensor],
     folder: Path,
     report: ConversionReport,
@@ -284,13 +353,17 @@ def _stream_weights(
     with tqdm(total=report.disk_bytes, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
 
         def read(name: str) -> torch.Tensor:
-            tensor = fitted[name] if name in fitted else origin.read(name).to(tensors[name].dtype)
+            if name in fitted:
+                tensor = fitted[name]
+            else:
+                made = plan.made[name](origin.read) if name in plan.made else origin.read(name)
+                tensor = made.to(plan.tensors[name].dtype)
             if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
                 report.warnings.append(f"{name} holds values that are not finite")
             progress.update(tensor.nbytes)
             return tensor
 
-        write_weights(folder, tensors, read, shard_bytes)
+        write_weights(folder, plan.tensors, read, shard_bytes)
 
 
 def _carry_files(

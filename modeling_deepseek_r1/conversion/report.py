@@ -73,7 +73,9 @@ class ConversionReport:
         tokenizer: the tokenizer's files, or an empty list where the source has no tokenizer.
         dry_run: whether nothing was written.
         warnings: what deserves a look.
-        calibration: texts, number of tokens and seed that centroids were fitted with, and the patterns that were tried.
+        calibration: texts, number of tokens and seed that centroids were fitted with, and the patterns that were tried;
+            `domains`: the same of domain gates, with their routing purity by layer.
+        experts: layers with experts, e.g. `"15 layers x 8 experts (rank 16), +8.2% parameters"`; None = there are none.
     """
 
     source: str
@@ -95,6 +97,7 @@ class ConversionReport:
     dry_run: bool = False
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    experts: str | None = None
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -107,6 +110,7 @@ class ConversionReport:
             ("result", f"{self.destination} ({self.target_family}){', not written: dry run' if self.dry_run else ''}"),
             ("same function", "yes" if self.exact else "no"),
             ("layers", self.pattern),
+            *([("experts", self.experts)] if self.experts else []),
             ("parameters", f"{self.parameters:,}"),
             ("dtype", self.dtype),
             ("size on disk", readable_bytes(self.disk_bytes)),
@@ -116,11 +120,12 @@ class ConversionReport:
             ("tensors", f"{self.tensors_matched} matched, {self.tensors_cast} cast, {len(self.tensors_skipped)} skipped"),
             ("tokenizer", ", ".join(self.tokenizer) or "none in the source"),
         ]
-        if self.calibration:
-            rows.append(
-                ("centroids", f"fitted to {self.calibration['tokens']:,} tokens of {', '.join(self.calibration['texts'])}")
-            )
-            rows += [("pattern tried", _candidate_line(candidate)) for candidate in self.calibration["patterns"]]
+        calibration = self.calibration or {}
+        if "texts" in calibration:
+            rows.append(("centroids", f"fitted to {calibration['tokens']:,} tokens of {', '.join(calibration['texts'])}"))
+            rows += [("pattern tried", _candidate_line(candidate)) for candidate in calibration["patterns"]]
+        if "domains" in calibration:
+            rows.append(("domain gates", _domains_line(calibration["domains"])))
         rows += [("skipped", line) for line in self.tensors_skipped] + [("warning", line) for line in self.warnings]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
@@ -156,6 +161,19 @@ def describe_pattern(layers: Iterable[LayerAttention]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in Counter(layer.name for layer in layers).items())
 
 
+def describe_experts(config: DeepseekR1TextConfig) -> str | None:
+    """`"15 layers x 8 experts (code 4, text 4; rank 16)"`, or None without experts."""
+    names = []
+    for layer_idx in range(config.num_hidden_layers):
+        if config.is_sparse(layer_idx):
+            domains, rank = config.expert_domains(layer_idx), config.routing_of(layer_idx).expert_rank
+            details = [", ".join(f"{domain} {count}" for domain, count in domains.items())] if len(domains) > 1 else []
+            details += [f"rank {rank}"] if rank is not None else []
+            names.append(f"{sum(domains.values())} experts" + (f" ({'; '.join(details)})" if details else ""))
+    counts = Counter(names).items()
+    return ", ".join(f"{count} layer{'s' if count > 1 else ''} x {name}" for name, count in counts) or None
+
+
 def readable_bytes(count: int) -> str:
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= size:
@@ -185,6 +203,15 @@ def _candidate_line(tried: dict[str, Any]) -> str:
         f"{tried['layer_types']}: perplexity {tried['perplexity']:.2f} ({tried['increase']:+.1%}), repeated passage"
         f" {tried['copied']:.0%}, query-key products {tried['cost']:.0%}"
     )
+
+
+def _domains_line(domains: dict[str, Any]) -> str:
+    texts = "; ".join(f"{domain}: {', '.join(names)}" for domain, names in domains["texts"].items())
+    shares = domains["purity"].values()
+    if not shares:
+        return texts
+    mean = sum(shares) / len(shares)
+    return f"{texts}; {mean:.0%} of held-out tokens go to their domain ({min(shares):.0%} ... {max(shares):.0%} by layer)"
 
 
 def _cache_line(cache: CacheSize) -> str:

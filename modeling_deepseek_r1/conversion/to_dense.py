@@ -12,6 +12,7 @@ from .plan import plan_tensors
 from .report import ConversionReport
 from .source import open_source
 from .target import read_source_config
+from .upcycle import sparse_layers
 
 PATTERN_FIELDS = ("layer_types", "sliding_window", "sparse_attention")
 
@@ -48,7 +49,7 @@ def to_dense(
         A [`ConversionReport`].
 
     Raises:
-        ValueError: the source is of another model type, or no family expresses the model; the message names the fields.
+        ValueError: the source is of another model type or has experts, or no family expresses the model; the message names the fields.
         OSError: a missing source, an existing or unwritable destination, a full disk.
     """
     origin = open_source(folder, revision=revision, token=token)
@@ -57,6 +58,11 @@ def to_dense(
             f"{folder} has model_type {origin.config.get('model_type')!r}; to_dense takes {TARGET_MODEL_TYPE!r} checkpoints"
         )
     config = read_source_config(origin)
+    if sparse_layers(config):
+        raise ValueError(
+            f"{folder} has experts in {len(sparse_layers(config))} of {config.num_hidden_layers} layers; no dense family has them,"
+            " and to_dense does not merge experts into one MLP"
+        )
     config.dtype = weights_dtype(origin, config, dtype)
     family, dense = choose_family(config, allow_pattern_change)
     plan = plan_tensors(origin, config, as_dtype(dtype))

@@ -67,3 +67,41 @@ def test_bad_values_are_rejected_by_the_parser(arguments, source, tmp_path):
     with pytest.raises(SystemExit) as caught:
         run(source, tmp_path / "a", *arguments)
     assert caught.value.code == 2
+
+
+def test_experts(source, tmp_path, capsys):
+    experts = ["--experts", 4, "--experts-per-token", 3, "--expert-rank", 2, "--expert-layers", "EDD"]
+    run(source, tmp_path / "a", *experts, "--json")
+    assert json.loads(capsys.readouterr().out)["experts"].startswith("1 layer x 4 experts (rank 2), +")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["num_experts_per_tok"] == 3 and config["mlp_layer_types"] == ["sparse", "dense", "dense"]
+    run(source, tmp_path / "b", "--expert-topology", "text=2,code=1", "late=4", "--expert-layers", "0,2", "--dry-run")
+    assert "1 layer x 3 experts (code 1, text 2), 1 layer x 4 experts, +" in capsys.readouterr().out
+    domains = ["--domains", "code=code", "text=prose", "text=b.txt"]
+    run(source, tmp_path / "b", "--experts", 6, *domains, "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["calibration"]["domains"]["texts"] == {
+        "code": ["code"],
+        "text": ["prose", "b.txt"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to-dense", "--experts", 4, "--domains", "a=b"], "--experts, --domains: not with --to-dense"),
+        (["--expert-rank", 4], "expert_rank has no effect without experts"),
+        (["--experts", 4, "--expert-layers", "0,9"], "layers are numbered"),
+    ],
+)
+def test_experts_that_do_not_fit(arguments, words, source, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run(source, tmp_path / "a", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--expert-topology", "text"], ["--expert-topology", "a=1,a=2"], ["--domains", "code="], ["--experts", "few"]]
+)
+def test_bad_experts_are_rejected_by_the_parser(arguments, source, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run(source, tmp_path / "a", *arguments)
+    assert caught.value.code == 2
