@@ -25,7 +25,8 @@ DOMAIN_TOKENS = 10240
 MIN_DOMAIN_TOKENS = 64
 HELD_OUT_SHARE = 0.2
 PENALTY = 0.01
-"""Of squared parameters, for inputs of variance one. Keeps gates of domains that are told apart easily from closing for good."""
+"""Of squared parameters, for inputs of variance one: of a few thousand tokens not everything is true, and gates of domains that are
+told apart easily must not close for good. On SmolLM2-135M a tenth or five times as much gives a lower purity on held-out text."""
 
 Texts = str | PathLike | Sequence[str | PathLike]
 
