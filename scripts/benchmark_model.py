@@ -105,6 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=[*TASKS, "decode", "routing", "patterns"])
     parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(VARIANTS), help="beside the dense one (default: those of the published tables)"
+    )
     parser.add_argument("--lengths", nargs="+", help="context lengths in tokens")
     parser.add_argument("--folder", type=Path, default=Path("results"))
     args, more = parser.parse_known_args()
@@ -119,6 +122,7 @@ def main() -> None:
         evaluate(*folders, "--labels", *labels, *tasks, "--lengths", *lengths, *common)
     else:
         labels, lengths, *tasks = TASKS[args.what]
+        labels = args.models or labels
         folders = [str(converted(label)) for label in labels]
         models = [str(packaged_checkpoint()), "--against", *folders, "--labels", "dense", *labels]
         evaluate(*models, *tasks, "--lengths", *(args.lengths or lengths), *common)

@@ -18,7 +18,7 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
-    "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16",
+    "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed --lengths 32768",
     "smollm2_cost_float32": "benchmark_model.py cost",
 }
 """Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""
@@ -142,11 +142,11 @@ def rendered(page: str) -> str:
 
 def overview() -> dict:
     """Quality and cost of the models that all of these runs have measured, as one result."""
-    names = ("perplexity", "retrieval", "cost_float32", "memory")
+    names = ("perplexity", "retrieval", "cost_float32")
     runs = {name: json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in names}
     cost = runs["cost_float32"]
     quality = {name: {label: runs[name][name][label] for label in cost["models"]} for name in ("perplexity", "retrieval")}
-    return {**cost, **quality, "memory": runs["memory"]["memory"]}
+    return {**cost, **quality}
 
 
 def main() -> int:
