@@ -271,6 +271,11 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """Tensor parallelism, as in Qwen3-MoE."""
         return self._dense_tp_plan | (EXPERTS_TP_PLAN if self._has_packed_experts else {})
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # transformers 5.19 wants to spread an embedding that is tied to the head; here it stays whole.
+        pass
+
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """Expert parallelism, as in Qwen3-MoE."""
