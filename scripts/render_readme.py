@@ -18,7 +18,7 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
-    "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed --lengths 32768",
+    "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
 }
 """Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""

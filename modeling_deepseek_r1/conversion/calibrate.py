@@ -80,6 +80,7 @@ def load_plain(
     with torch.no_grad():
         for name in names:
             targets[name].copy_(read(name))
+    model.tie_weights()
     # Built without initialisation, the rotary frequencies still have to be computed.
     for module in model.model.rotary_embs:
         model._init_weights(module)

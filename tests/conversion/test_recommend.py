@@ -18,9 +18,9 @@ from tests.test_conversation import word_tokenizer
 AUTO = {"layer_types": "auto", "sliding_window": 8, "num_sink_tokens": 2, "num_clusters": 5}
 
 
-@pytest.fixture
-def source(tmp_path):
-    tiny_model("full", max_position_embeddings=4096).save_pretrained(tmp_path / "source")
+@pytest.fixture(params=[False, True], ids=["", "tied"])
+def source(request, tmp_path):
+    tiny_model("full", max_position_embeddings=4096, tie_word_embeddings=request.param).save_pretrained(tmp_path / "source")
     word_tokenizer().save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
