@@ -142,11 +142,10 @@ def rendered(page: str) -> str:
 
 def overview() -> dict:
     """Quality and cost of the models that all of these runs have measured, as one result."""
-    names = ("perplexity", "retrieval", "cost_float32")
-    runs = {name: json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in names}
-    cost = runs["cost_float32"]
-    quality = {name: {label: runs[name][name][label] for label in cost["models"]} for name in ("perplexity", "retrieval")}
-    return {**cost, **quality}
+    perplexity, cost = (
+        json.loads(Path("results", f"smollm2_{name}.json").read_text()) for name in ("perplexity", "cost_float32")
+    )
+    return {**cost, "perplexity": {label: perplexity["perplexity"][label] for label in cost["models"]}}
 
 
 def main() -> int:
