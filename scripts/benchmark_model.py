@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from modeling_deepseek_r1.cli import main as command
 from modeling_deepseek_r1.configuration import LAYER_LETTERS
-from modeling_deepseek_r1.conversion import convert_checkpoint
+from modeling_deepseek_r1.conversion import Calibration, convert_checkpoint
 from modeling_deepseek_r1.evaluation import (
     FORMAT_VERSION,
     encode_text,
@@ -38,7 +38,7 @@ VARIANTS = {
     "routed": {"layer_types": "R", **LOCAL},
     "balanced": {"preset": "balanced"},
     "high_accuracy": {"preset": "high_accuracy"},
-    "auto": {"layer_types": "auto"},
+    "auto": {"layer_types": "auto", "calibration": Calibration(tokens=8192, tried_tokens=2048)},
 }
 """Label -> arguments of `convert_checkpoint`; centroids are fitted to its default texts."""
 
