@@ -3,6 +3,7 @@
 python scripts/benchmark_model.py perplexity       4K and 8K tokens of text that no calibration has read
 python scripts/benchmark_model.py retrieval        a planted fact in 4K and 8K tokens
 python scripts/benchmark_model.py cost             prefill of 32K tokens, decoding after it; float32, or --dtype bfloat16
+python scripts/benchmark_model.py local            the same and peak memory at 16K tokens, models without routed layers
 python scripts/benchmark_model.py memory           peak memory of a prefill of 16K tokens
 python scripts/benchmark_model.py generation       128 tokens after a prompt of 10,240
 python scripts/benchmark_model.py decode           decoding after 1K and after 64K tokens, the routed model
@@ -38,6 +39,7 @@ VARIANTS = {
     "routed": {"layer_types": "R", **LOCAL},
     "balanced": {"preset": "balanced"},
     "high_accuracy": {"preset": "high_accuracy"},
+    "half local": {"layer_types": "SF", **LOCAL},
     "auto": {"layer_types": "auto", "calibration": Calibration(tokens=8192, tried_tokens=2048)},
 }
 """Label -> arguments of `convert_checkpoint`; centroids are fitted to its default texts."""
@@ -56,6 +58,7 @@ TASKS = {
         *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "2", "--depths", "0.1", "0.4", "0.7"),
     ),
     "cost": (("window + sinks", "routed", "balanced"), ["1024", "32768"], "--tasks", "speed", "--repeats", "1"),
+    "local": (("window + sinks", "half local"), ["1024", "16384"], "--tasks", "speed", "memory", "--repeats", "1"),
     "memory": (("window + sinks", "routed", "balanced"), ["16384"], "--tasks", "memory"),
     "generation": (("routed", "balanced"), ["10240"], "--tasks", "speed", "--repeats", "1", "--decode-tokens", "128"),
 }
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", help="context lengths in tokens")
     parser.add_argument("--folder", type=Path, default=Path("results"))
     args, more = parser.parse_known_args()
-    name = f"smollm2_{args.what}_{args.dtype}" if args.what == "cost" else f"smollm2_{args.what}"
+    name = f"smollm2_{args.what}_{args.dtype}" if args.what in ("cost", "local") else f"smollm2_{args.what}"
     common = ["--dtype", args.dtype, "--skip-tokens", str(HELD_OUT), "--output", str(args.folder / f"{name}.json"), *more]
     if args.what in ("routing", "patterns"):
         {"routing": routing, "patterns": patterns}[args.what](args.folder)

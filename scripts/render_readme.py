@@ -20,6 +20,8 @@ COMMANDS = {
     "attention_layer": "benchmark_attention.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
+    "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
+    "smollm2_local_float32": "benchmark_model.py local",
 }
 """Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""
 
