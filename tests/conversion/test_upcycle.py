@@ -302,9 +302,10 @@ def test_experts_are_not_made_of_experts(arguments, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_peak_memory_is_about_the_largest_tensor_that_is_written(tmp_path):
     sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_attention_heads": 8}
-    save(model_of("llama", **sizes), tmp_path / "source")
-    script = MEASURE_PEAK.replace("dtype=sys.argv[3]", "num_experts=4, expert_layers='E'")
+    save(model_of("llama", num_hidden_layers=5, **sizes), tmp_path / "source")
+    script = MEASURE_PEAK.replace("dtype=sys.argv[3]", "num_experts=8, expert_layers='E'")
     command = [sys.executable, "-c", script, tmp_path / "source", tmp_path / "experts"]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     written = [tensor.nbytes for tensor in stored_tensors(tmp_path / "experts").values()]
-    assert 0 < peak < 2 * max(written) + 30 * 10**6 < sum(written) * 0.6
+    # Pages of files and freed blocks that a system takes back late are counted by some systems.
+    assert 0 < peak < 2 * max(written) + 80 * 10**6 < sum(written) / 2

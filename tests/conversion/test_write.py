@@ -250,4 +250,4 @@ def test_peak_memory_is_far_below_the_size_of_the_checkpoint(shards, dtype, tmp_
     command = [sys.executable, "-c", MEASURE_PEAK, folder, tmp_path / "converted", dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     largest = max(tensor.nbytes for tensor in expected.values())
-    assert 0 < int(result.stdout) < 4 * largest + 30 * 10**6 < total / 2
+    assert 0 < int(result.stdout) < 4 * largest + 60 * 10**6 < total / 2

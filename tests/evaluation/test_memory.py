@@ -41,8 +41,8 @@ def test_peak_is_seen_though_it_was_freed(monkeypatch, tmp_path, method):
         allocate_and_free(100)
     assert high.method == low.method == method
     # A system that takes freed pages back late may count a part of the first block into the second's start, never the reverse.
-    assert 250 * MIB < high.extra_bytes < 350 * MIB
-    assert low.extra_bytes < 150 * MIB
+    assert 250 * MIB < high.extra_bytes < 400 * MIB
+    assert low.extra_bytes < 200 * MIB
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is not on Windows")
