@@ -112,7 +112,7 @@ class DeepseekR1Attention(nn.Module):
             held = past_key_values.layers[self.layer_idx]
             positions, documents = held.key_positions, held.key_documents
             if routing is not None:
-                routing = routing._replace(key_clusters=held.clusters.squeeze(-1).long())
+                routing = routing._replace(key_clusters=held.clusters.squeeze(-1))
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "eager" or dropout:
             # The fused kernels have no dropout; the reference does, at the price of its n x n weights.

@@ -83,7 +83,7 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern, spacing: int | None 
     span = length + 1
     positions = torch.arange(length, device=device)
     # Sink tokens belong to no cluster: they come before all others.
-    clusters = torch.where(positions < pattern.num_sink_tokens, -1, key_clusters.view(rows, length))
+    clusters = torch.where(positions < pattern.num_sink_tokens, -1, key_clusters.reshape(rows, length).long())
     codes, order = ((clusters + 1) * span + positions).sort(-1)
     wanted = (query_clusters.reshape(rows, -1) + 1) * span
     last = (positions[length - queries :] - pattern.window).repeat_interleave(choices).repeat(heads // groups)
