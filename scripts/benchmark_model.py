@@ -1,6 +1,7 @@
 """Measures SmolLM2-135M, dense and with several attention patterns, in one run each, and writes results/smollm2_*.json.
 
 python scripts/benchmark_model.py perplexity       4K and 8K tokens of text that no calibration has read
+python scripts/benchmark_model.py windows          what windows, sink tokens and full layers are each worth, at 4K tokens
 python scripts/benchmark_model.py retrieval        a planted fact in 4K and 8K tokens
 python scripts/benchmark_model.py cost             prefill of 32K tokens, decoding after it; float32, or --dtype bfloat16
 python scripts/benchmark_model.py local            the same and peak memory at 16K tokens, models without routed layers
@@ -35,6 +36,7 @@ from modeling_deepseek_r1.evaluation.routing import mean_statistics, routing_sta
 
 LOCAL = {"sliding_window": 512, "num_sink_tokens": 32}
 VARIANTS = {
+    "window": {"layer_types": "S", "sliding_window": 512, "num_sink_tokens": 0},
     "window + sinks": {"layer_types": "S", **LOCAL},
     "routed": {"layer_types": "R", **LOCAL},
     "balanced": {"preset": "balanced"},
@@ -53,9 +55,10 @@ TASKS = {
         ("window + sinks", "routed", "balanced", "high_accuracy"),
         *(["4096", "8192"], "--tasks", "perplexity", "--windows", "2", "--mean-blocks", "4", "8"),
     ),
+    "windows": (("window", "window + sinks", "half local"), ["4096"], "--tasks", "perplexity", "--windows", "2"),
     "retrieval": (
-        ("window + sinks", "routed", "balanced"),
-        *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "2", "--depths", "0.1", "0.4", "0.7"),
+        ("window + sinks", "routed", "balanced", "high_accuracy"),
+        *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "4", "--depths", "0.1", "0.4", "0.7"),
     ),
     "cost": (("window + sinks", "routed", "balanced"), ["1024", "32768"], "--tasks", "speed", "--repeats", "1"),
     "local": (("window + sinks", "half local"), ["1024", "16384"], "--tasks", "speed", "memory", "--repeats", "1"),
