@@ -82,25 +82,25 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern, spacing: int | None 
     device, rows = key_clusters.device, batch * groups
     span = length + 1
     positions = torch.arange(length, device=device)
+    # All rows in one vector: a CPU sorts that several times faster than the rows one by one.
+    highest = max(int(query_clusters.max()), int(key_clusters.max()))
+    row = torch.arange(rows, device=device)[:, None] * (highest + 2) * span
     # Sink tokens belong to no cluster: they come before all others.
     clusters = torch.where(positions < pattern.num_sink_tokens, -1, key_clusters.reshape(rows, length).long())
-    codes, order = ((clusters + 1) * span + positions).sort(-1)
-    wanted = (query_clusters.reshape(rows, -1) + 1) * span
+    codes, order = (row + (clusters + 1) * span + positions).flatten().sort()
+    wanted = row + (query_clusters.reshape(rows, -1) + 1) * span
     last = (positions[length - queries :] - pattern.window).repeat_interleave(choices).repeat(heads // groups)
     first = torch.searchsorted(codes, wanted)
     stop = torch.maximum(torch.searchsorted(codes, wanted + last, right=True), first)
     start = torch.maximum(stop - pattern.routed_tokens, first)
     # Sorting by (row, cluster, position); empty bands go.
-    row = torch.arange(rows, device=device)[:, None]
-    key = (row * (int(codes.max()) + span + 1) + wanted + last.clamp(min=0)).flatten()
     filled = (stop > start).flatten().nonzero().flatten()
     if not len(filled):
         return []
-    pairs = filled[key[filled].argsort(stable=True)]
-    cluster = (row * (int(codes.max()) + span + 1) + wanted).flatten()[pairs]
-    offsets = (row * length).expand_as(start).flatten()[pairs]
-    start, stop = start.flatten()[pairs] + offsets, stop.flatten()[pairs] + offsets
-    return _blocks(pairs, cluster, start, stop, (order + row * (spacing or length)).flatten())
+    pairs = filled[(wanted + last.clamp(min=0)).flatten()[filled].argsort(stable=True)]
+    if spacing is not None and spacing != length:
+        order = order + order // length * (spacing - length)
+    return _blocks(pairs, *(edge.flatten()[pairs] for edge in (wanted, start, stop)), order)
 
 
 def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
