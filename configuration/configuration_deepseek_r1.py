@@ -7,7 +7,6 @@ what belongs to the mixture of experts in `routing` (`ExpertRouting`); where one
 """
 
 import copy
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
 from .routing import ExpertRouting, complete_routing, validate_sparse_layer
+from .sparse import OWN_LAYER_TYPES, SparseAttention, complete_sparse_attention
 
 STORED_PATTERN = "layer_pattern"
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
@@ -35,45 +35,6 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "pro
 
 
 @strict
-@dataclass
-class SparseAttention:
-    """What a sparse layer keeps besides its window.
-
-    Attributes:
-        num_sink_tokens: the first tokens of every document stay visible to all later ones (attention sinks,
-            https://arxiv.org/abs/2309.17453); in tokens.
-        num_clusters: centroids per key/value head of a routed layer.
-        routed_clusters: clusters that each query of a routed layer looks into.
-        routed_tokens: the most recent keys that it sees in each of them.
-    """
-
-    num_sink_tokens: int = 0
-    num_clusters: int = 64
-    routed_clusters: int = 2
-    routed_tokens: int = 256
-
-    def validate_counts(self):
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"sparse_attention['num_sink_tokens']={self.num_sink_tokens} must be 0 or more tokens")
-        if self.routed_tokens < 1:
-            raise ValueError(f"sparse_attention['routed_tokens']={self.routed_tokens} must be at least 1")
-        if not 1 <= self.routed_clusters <= self.num_clusters:
-            raise ValueError(
-                f"sparse_attention['routed_clusters']={self.routed_clusters} must lie between 1 and"
-                f" num_clusters={self.num_clusters}"
-            )
-
-
-def _complete_sparse_attention(value: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    known = SparseAttention.__dataclass_fields__
-    if not isinstance(value, dict) or set(value) - set(known):
-        raise ValueError(f"{where}sparse_attention={value!r} must be a dictionary with keys among {sorted(known)}")
-    return asdict(SparseAttention(**value))
-
-
-@strict
 class DeepseekR1TextConfig(PreTrainedConfig):
     r"""
     Configuration of [`DeepseekR1TextModel`] and its heads. Field names and meanings are those of transformers' Llama, Qwen3 and
@@ -81,8 +42,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     Args:
         layer_types (`list[str]` or `str`, *optional*):
-            `"full_attention"`, `"sliding_attention"` or `"local_routed_attention"` per layer, or a pattern string such as
-            `"SSSR"` that repeats over the layers. Default: sliding where `sliding_window` is set, otherwise full.
+            `"full_attention"`, `"sliding_attention"`, `"local_routed_attention"` or `"local_global_attention"` per layer, or a
+            pattern string such as `"SSSR"` that repeats over the layers. Default: sliding where `sliding_window` is set,
+            otherwise full.
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
         sparse_attention (`dict`, *optional*):
@@ -198,7 +160,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             self.layer_types = expand_layer_pattern(self.layer_types, self.num_hidden_layers)
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
-        self.sparse_attention = _complete_sparse_attention(self.sparse_attention, "")
+        self.sparse_attention = complete_sparse_attention(self.sparse_attention, "")
         self.routing = complete_routing(self.routing, "", has_experts=bool(self.num_experts))
         by_layer = copy.deepcopy(kwargs.pop("per_layer_config", None)) or {}
         by_layer = {int(layer): overrides for layer, overrides in by_layer.items()}
@@ -207,7 +169,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             if shared:
                 raise ValueError(f"per_layer_config: layer {layer} sets {shared[0]}, which all layers have in common")
             if "sparse_attention" in overrides:
-                overrides["sparse_attention"] = _complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
+                overrides["sparse_attention"] = complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
             if "routing" in overrides:
                 overrides["routing"] = complete_routing(overrides["routing"], f"layer {layer}: ", has_experts=True)
         self._complete_experts(by_layer)
@@ -251,7 +213,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """What config.json holds. transformers reads such files by its base class too (a Trainer that resumes, a tokenizer), which
         refuses layer types that it does not know: a pattern that has some is stored by its letters."""
         fields = super().to_diff_dict()
-        if "local_routed_attention" in fields.get("layer_types", ()):
+        if set(OWN_LAYER_TYPES) & set(fields.get("layer_types", ())):
             letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
             fields[STORED_PATTERN] = "".join(letters[kind] for kind in fields.pop("layer_types"))
         return fields
@@ -379,8 +341,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         if not 0.0 <= layer.attention_dropout < 1.0:
             raise ValueError(f"layer {layer_idx}: attention_dropout={layer.attention_dropout} must lie in [0, 1)")
         layer_type = self.layer_types[layer_idx]
-        if layer_type == "local_routed_attention" and layer.sparse_attention is None:
-            raise ValueError(f"layer {layer_idx} is local_routed_attention but sparse_attention is None; give its num_clusters")
+        if layer_type in OWN_LAYER_TYPES and layer.sparse_attention is None:
+            field = OWN_LAYER_TYPES[layer_type]
+            raise ValueError(f"layer {layer_idx} is {layer_type} but sparse_attention is None; give its {field}")
         if layer_type != "full_attention" and (layer.sliding_window is None or layer.sliding_window < 1):
             raise ValueError(
                 f"layer {layer_idx} is {layer_type} but sliding_window={layer.sliding_window}; give the number of tokens it"
