@@ -198,7 +198,7 @@ def test_without_remote_keys_the_gate_has_a_zero_gradient():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_memory_grows_with_the_length_and_not_with_its_square(training):
-    """Up to 64K tokens: the highest sum of all tensors that live at once."""
+    """Up to 32K tokens: the highest sum of all tensors that live at once."""
     from torch.profiler import ProfilerActivity, profile
 
     def run(n):
@@ -209,12 +209,11 @@ def test_memory_grows_with_the_length_and_not_with_its_square(training):
                 output = document_attention(*tensors, pattern, 0.25, n, nodes)
             if training:
                 output.sum().backward()
-        live = highest = 0
-        for event in sorted(record.events(), key=lambda event: event.time_range.end):
-            live += event.self_cpu_memory_usage
-            highest = max(highest, live)
-        return highest / output.nbytes
+        # What each allocation and release adds, in their order; what operators are charged with comes later than it happens.
+        changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
+        return max(itertools.accumulate(changes)) / output.nbytes
 
-    short, long = run(8192), run(65536)
+    short, long = run(4096), run(32768)
     assert long < 1.2 * short, (short, long)
-    assert long < 15
+    assert long < 12
