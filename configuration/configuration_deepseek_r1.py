@@ -31,7 +31,7 @@ EXPERTS_EP_PLAN = {
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
     "layers.*.mlp.experts": "ep_dispatch_experts",
 }
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "piecewise_linear")
 
 
 @strict
@@ -47,6 +47,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             otherwise full.
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
+        rope_parameters (`dict`, *optional*):
+            As in transformers, and `{"rope_type": "piecewise_linear", "segments": [[0, 10000.0], [8192, 1000000.0]]}`: from each of
+            the positions on, phases grow with the base beside it.
         sparse_attention (`dict`, *optional*):
             Fields of `SparseAttention`, e.g. `{"num_sink_tokens": 32}`: sliding and routed layers additionally see the first 32
             tokens of the document.
@@ -324,6 +327,18 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                     f"layer {layer_idx}: rope_parameters['rope_type']={rope_type!r} must be one of {list(ROPE_TYPES)}"
                 )
             super(DeepseekR1TextConfig, layer).validate_rope()
+
+    def _validate_piecewise_linear_rope_parameters(self, rope_parameters: dict[str, Any], ignore_keys=None) -> None:
+        # transformers' `validate_rope` calls this by the name of the type.
+        segments = rope_parameters.get("segments")
+        pairs = isinstance(segments, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in segments)
+        starts, bases = ([pair[i] for pair in segments] for i in range(2)) if pairs else ([], [])
+        numbers = all(type(x) is int for x in starts) and all(type(x) in (int, float) and x > 0 for x in bases)
+        if not (starts and numbers and starts[0] == 0 and starts == sorted(set(starts))):
+            raise ValueError(
+                f"rope_parameters['segments']={segments!r} must be pairs [first position, base] with positions that begin at 0 and"
+                " increase, and positive bases, e.g. [[0, 10000.0], [8192, 1000000.0]]"
+            )
 
     def _validate_layer(self, layer_idx: int, layer: "DeepseekR1TextConfig") -> None:
         heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads

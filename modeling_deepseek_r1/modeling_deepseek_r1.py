@@ -27,7 +27,7 @@ from .attention.gate import RemoteGate
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
-from .attention.rotary import DeepseekR1RotaryEmbedding
+from .attention.rotary import rotary_embedding
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .moe.block import EXPERT_MODULES, DeepseekR1SparseMoeBlock
 from .moe.gates import gather_statistics
@@ -110,7 +110,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         layers = config.per_layer_config
         keys = [json.dumps([layer.head_dim, layer.rope_parameters], sort_keys=True) for layer in layers]
         distinct = list(dict.fromkeys(keys))
-        self.rotary_embs = nn.ModuleList([DeepseekR1RotaryEmbedding(layers[keys.index(key)]) for key in distinct])
+        self.rotary_embs = nn.ModuleList([rotary_embedding(layers[keys.index(key)]) for key in distinct])
         self.rotary_of_layer = [distinct.index(key) for key in keys]
         self.patterns = [layer_pattern(config, i) for i in range(config.num_hidden_layers)]
         self.gradient_checkpointing = False

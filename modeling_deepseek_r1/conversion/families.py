@@ -149,6 +149,8 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
     differing = sorted({name for layer in overrides.values() for name in layer})
     if differing:
         obstacles.append(f"per_layer_config ({', '.join(differing)} differ between layers)")
+    if (fields.get("rope_parameters") or {}).get("rope_type") == "piecewise_linear":
+        obstacles.append("rope_parameters (rope_type='piecewise_linear')")
     for kind in OWN_LAYER_TYPES:
         if count := fields["layer_types"].count(kind):
             obstacles.append(f"layer_types ({count} of {len(sliding)} are {kind})")
