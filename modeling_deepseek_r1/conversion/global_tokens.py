@@ -41,7 +41,14 @@ def global_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
 def with_global_tokens(plan: TensorPlan, origin: Source, target: DeepseekR1TextConfig, seed: int) -> TensorPlan:
     """A plan with the tensors of local_global layers: those of the source where they fit, new ones otherwise."""
     shapes = global_tensors(target)
-    kept = [name for name, shape in shapes.items() if name in origin.tensors and origin.tensors[name].shape == shape]
+
+    def fits(name: str) -> bool:
+        prefix, memory, _ = name.partition("memory_")
+        # A bias that was learned for other slots says nothing about new ones.
+        needed = {name, f"{prefix}memory_key"} if memory else {name}
+        return all(part in origin.tensors and origin.tensors[part].shape == shapes[part] for part in needed)
+
+    kept = [name for name in shapes if fits(name)]
     made = {
         name: _recipe(name, shape, shapes, target.initializer_range, seed) for name, shape in shapes.items() if name not in kept
     }

@@ -64,6 +64,7 @@ def test_what_was_learned_is_kept_where_it_fits(source, tmp_path):
     more = load(tmp_path / "more").model.layers[1].self_attn.global_tokens
     assert torch.equal(more.weight, model.model.layers[1].self_attn.global_tokens.weight)
     assert more.memory_key.shape == (2, 9, 8) and more.memory_key.std() < 0.04
+    assert torch.allclose(more.memory_bias, torch.full((6,), START_LOGIT - math.log(9)))
     convert_checkpoint(tmp_path / "trained", tmp_path / "experts", num_experts=2, expert_layers="E")
     experts = load(tmp_path / "experts").state_dict()
     assert all(torch.equal(experts[name], wider[name]) for name in wider if ".global_tokens." in name)
