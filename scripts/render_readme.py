@@ -50,7 +50,7 @@ def attention_table(result: dict) -> str:
     )
     pattern, heads = result["pattern"], result["heads"]
     stride = pattern.get("global_stride")
-    nodes = f" every {stride}th token and {result['num_memory_tokens']} memory tokens in global layers," if stride else ""
+    nodes = f" 1 of every {stride} tokens and {result['num_memory_tokens']} memory tokens in global layers," if stride else ""
     lines += [
         "",
         f"{heads['query']} query and {heads['key_value']} key/value heads of {heads['size']}, window {pattern['window']},"

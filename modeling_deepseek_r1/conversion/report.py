@@ -40,7 +40,7 @@ class LayerAttention:
             return f"local_routed_attention ({self.window} tokens{sinks} + at most {self.routed_keys} routed)"
         if self.global_stride:
             memory = f" + {self.num_memory_tokens} memory tokens" if self.num_memory_tokens else ""
-            return f"local_global_attention ({self.window} tokens{sinks} + every {self.global_stride}th token{memory})"
+            return f"local_global_attention ({self.window} tokens{sinks} + 1 of every {self.global_stride} tokens{memory})"
         return f"sliding_attention ({self.window} tokens{sinks})"
 
 

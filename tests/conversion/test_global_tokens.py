@@ -28,7 +28,7 @@ def load(folder):
 def test_nodes_count_like_near_keys_and_the_memory_hardly(source, tmp_path):
     report = convert_checkpoint(source, tmp_path / "global", num_memory_tokens=6, **GLOBAL)
     before, model = load(source), load(tmp_path / "global")
-    assert "2 x local_global_attention (8 tokens + 2 sink tokens + every 4th token + 6 memory tokens)" in report.pattern
+    assert "2 x local_global_attention (8 tokens + 2 sink tokens + 1 of every 4 tokens + 6 memory tokens)" in report.pattern
     assert report.parameters == model.num_parameters() and not report.exact and report.calibration is None
     # 64 numbers of 4 bytes per token and layer: all tokens of the first layer, every fourth one of two others.
     assert report.cache_after.growth_bytes == 1000 * 2 * 2 * 8 * 4 * (1 + 2 / 4)
@@ -40,7 +40,7 @@ def test_nodes_count_like_near_keys_and_the_memory_hardly(source, tmp_path):
     assert torch.allclose(tokens.memory_bias, torch.full((6,), START_LOGIT - math.log(6)))
     assert 0.01 < tokens.memory_key.std() < 0.04 and tokens.memory_key[0].unique(dim=0).shape[0] == 6
     ids = random_ids(1, 8)
-    torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=0, atol=1e-3)
+    torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=0, atol=1e-2)
     convert_checkpoint(source, tmp_path / "all", **GLOBAL | {"global_stride": 1})
     longer = random_ids(1, 60)
     torch.testing.assert_close(load(tmp_path / "all")(longer).logits, before(longer).logits, rtol=1e-4, atol=1e-5)
@@ -87,4 +87,4 @@ def test_the_way_back_and_refusals(source, tmp_path):
     with pytest.raises(ValueError, match=r"'global_stride'\]=0 must be at least 1"):
         convert_checkpoint(source, tmp_path / "x", **GLOBAL | {"global_stride": 0})
     dry = convert_checkpoint(source, tmp_path / "x", layer_types="G", sliding_window=8, dry_run=True)
-    assert "every 64th token" in dry.pattern and not (tmp_path / "x").exists()
+    assert "1 of every 64 tokens" in dry.pattern and not (tmp_path / "x").exists()
