@@ -7,7 +7,6 @@ what belongs to the mixture of experts in `routing` (`ExpertRouting`); where one
 """
 
 import copy
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
 from .routing import ExpertRouting, complete_routing, validate_sparse_layer
+from .sparse import OWN_LAYER_TYPES, SparseAttention, complete_sparse_attention
 
 STORED_PATTERN = "layer_pattern"
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
@@ -31,46 +31,7 @@ EXPERTS_EP_PLAN = {
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
     "layers.*.mlp.experts": "ep_dispatch_experts",
 }
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-
-
-@strict
-@dataclass
-class SparseAttention:
-    """What a sparse layer keeps besides its window.
-
-    Attributes:
-        num_sink_tokens: the first tokens of every document stay visible to all later ones (attention sinks,
-            https://arxiv.org/abs/2309.17453); in tokens.
-        num_clusters: centroids per key/value head of a routed layer.
-        routed_clusters: clusters that each query of a routed layer looks into.
-        routed_tokens: the most recent keys that it sees in each of them.
-    """
-
-    num_sink_tokens: int = 0
-    num_clusters: int = 64
-    routed_clusters: int = 2
-    routed_tokens: int = 256
-
-    def validate_counts(self):
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"sparse_attention['num_sink_tokens']={self.num_sink_tokens} must be 0 or more tokens")
-        if self.routed_tokens < 1:
-            raise ValueError(f"sparse_attention['routed_tokens']={self.routed_tokens} must be at least 1")
-        if not 1 <= self.routed_clusters <= self.num_clusters:
-            raise ValueError(
-                f"sparse_attention['routed_clusters']={self.routed_clusters} must lie between 1 and"
-                f" num_clusters={self.num_clusters}"
-            )
-
-
-def _complete_sparse_attention(value: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    known = SparseAttention.__dataclass_fields__
-    if not isinstance(value, dict) or set(value) - set(known):
-        raise ValueError(f"{where}sparse_attention={value!r} must be a dictionary with keys among {sorted(known)}")
-    return asdict(SparseAttention(**value))
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "piecewise_linear")
 
 
 @strict
@@ -81,10 +42,14 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     Args:
         layer_types (`list[str]` or `str`, *optional*):
-            `"full_attention"`, `"sliding_attention"` or `"local_routed_attention"` per layer, or a pattern string such as
-            `"SSSR"` that repeats over the layers. Default: sliding where `sliding_window` is set, otherwise full.
+            `"full_attention"`, `"sliding_attention"`, `"local_routed_attention"` or `"local_global_attention"` per layer, or a
+            pattern string such as `"SSSR"` that repeats over the layers. Default: sliding where `sliding_window` is set,
+            otherwise full.
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
+        rope_parameters (`dict`, *optional*):
+            As in transformers, and `{"rope_type": "piecewise_linear", "segments": [[0, 10000.0], [8192, 1000000.0]]}`: from each of
+            the positions on, phases grow with the base beside it.
         sparse_attention (`dict`, *optional*):
             Fields of `SparseAttention`, e.g. `{"num_sink_tokens": 32}`: sliding and routed layers additionally see the first 32
             tokens of the document.
@@ -198,7 +163,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             self.layer_types = expand_layer_pattern(self.layer_types, self.num_hidden_layers)
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
-        self.sparse_attention = _complete_sparse_attention(self.sparse_attention, "")
+        self.sparse_attention = complete_sparse_attention(self.sparse_attention, "")
         self.routing = complete_routing(self.routing, "", has_experts=bool(self.num_experts))
         by_layer = copy.deepcopy(kwargs.pop("per_layer_config", None)) or {}
         by_layer = {int(layer): overrides for layer, overrides in by_layer.items()}
@@ -207,7 +172,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             if shared:
                 raise ValueError(f"per_layer_config: layer {layer} sets {shared[0]}, which all layers have in common")
             if "sparse_attention" in overrides:
-                overrides["sparse_attention"] = _complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
+                overrides["sparse_attention"] = complete_sparse_attention(overrides["sparse_attention"], f"layer {layer}: ")
             if "routing" in overrides:
                 overrides["routing"] = complete_routing(overrides["routing"], f"layer {layer}: ", has_experts=True)
         self._complete_experts(by_layer)
@@ -251,7 +216,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """What config.json holds. transformers reads such files by its base class too (a Trainer that resumes, a tokenizer), which
         refuses layer types that it does not know: a pattern that has some is stored by its letters."""
         fields = super().to_diff_dict()
-        if "local_routed_attention" in fields.get("layer_types", ()):
+        if set(OWN_LAYER_TYPES) & set(fields.get("layer_types", ())):
             letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
             fields[STORED_PATTERN] = "".join(letters[kind] for kind in fields.pop("layer_types"))
         return fields
@@ -363,6 +328,18 @@ class DeepseekR1TextConfig(PreTrainedConfig):
                 )
             super(DeepseekR1TextConfig, layer).validate_rope()
 
+    def _validate_piecewise_linear_rope_parameters(self, rope_parameters: dict[str, Any], ignore_keys=None) -> None:
+        # transformers' `validate_rope` calls this by the name of the type.
+        segments = rope_parameters.get("segments")
+        pairs = isinstance(segments, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in segments)
+        starts, bases = ([pair[i] for pair in segments] for i in range(2)) if pairs else ([], [])
+        numbers = all(type(x) is int for x in starts) and all(type(x) in (int, float) and x > 0 for x in bases)
+        if not (starts and numbers and starts[0] == 0 and starts == sorted(set(starts))):
+            raise ValueError(
+                f"rope_parameters['segments']={segments!r} must be pairs [first position, base] with positions that begin at 0 and"
+                " increase, and positive bases, e.g. [[0, 10000.0], [8192, 1000000.0]]"
+            )
+
     def _validate_layer(self, layer_idx: int, layer: "DeepseekR1TextConfig") -> None:
         heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
         if kv_heads < 1 or heads % kv_heads:
@@ -379,8 +356,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         if not 0.0 <= layer.attention_dropout < 1.0:
             raise ValueError(f"layer {layer_idx}: attention_dropout={layer.attention_dropout} must lie in [0, 1)")
         layer_type = self.layer_types[layer_idx]
-        if layer_type == "local_routed_attention" and layer.sparse_attention is None:
-            raise ValueError(f"layer {layer_idx} is local_routed_attention but sparse_attention is None; give its num_clusters")
+        if layer_type in OWN_LAYER_TYPES and layer.sparse_attention is None:
+            field = OWN_LAYER_TYPES[layer_type]
+            raise ValueError(f"layer {layer_idx} is {layer_type} but sparse_attention is None; give its {field}")
         if layer_type != "full_attention" and (layer.sliding_window is None or layer.sliding_window < 1):
             raise ValueError(
                 f"layer {layer_idx} is {layer_type} but sliding_window={layer.sliding_window}; give the number of tokens it"

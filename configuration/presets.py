@@ -7,7 +7,12 @@ by hand. Rows that also change the shape of the model (`shape`) are for new mode
 
 from typing import Any
 
-LAYER_LETTERS = {"F": "full_attention", "S": "sliding_attention", "R": "local_routed_attention"}
+LAYER_LETTERS = {
+    "F": "full_attention",
+    "S": "sliding_attention",
+    "R": "local_routed_attention",
+    "G": "local_global_attention",
+}
 """Letter -> layer type, as accepted by `expand_layer_pattern` and by `DeepseekR1TextConfig(layer_types="SF")`."""
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,6 @@ import json
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
@@ -24,12 +23,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
-from .attention.gate import DeepseekR1Router
-from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, layer_pattern
+from .attention.gate import RemoteGate
+from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
-from .attention.rotary import DeepseekR1RotaryEmbedding
-from .attention.routed_cache import RoutedLayer
+from .attention.rotary import rotary_embedding
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .moe.block import EXPERT_MODULES, DeepseekR1SparseMoeBlock
 from .moe.gates import gather_statistics
@@ -83,7 +81,7 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     # Layouts are worked out on the host, so a whole forward is not one graph.
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
-    _keep_in_fp32_modules_strict = ["router"]
+    _keep_in_fp32_modules_strict = ["router", "global_tokens"]
     # transformers looks for its decorator in this file's source; the experts are in another one.
     _can_set_experts_implementation_cached_value = True
 
@@ -94,12 +92,7 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DeepseekR1Router):
-            init.xavier_uniform_(module.weight)
-            init.zeros_(module.bias)
-            init.normal_(module.centroids)
-            init.copy_(module.centroids, nn.functional.normalize(module.centroids, dim=-1))
-        elif isinstance(module, EXPERT_MODULES):
+        if isinstance(module, (RemoteGate, *EXPERT_MODULES)):
             module.init_weights(self.config.initializer_range)
 
 
@@ -117,7 +110,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         layers = config.per_layer_config
         keys = [json.dumps([layer.head_dim, layer.rope_parameters], sort_keys=True) for layer in layers]
         distinct = list(dict.fromkeys(keys))
-        self.rotary_embs = nn.ModuleList([DeepseekR1RotaryEmbedding(layers[keys.index(key)]) for key in distinct])
+        self.rotary_embs = nn.ModuleList([rotary_embedding(layers[keys.index(key)]) for key in distinct])
         self.rotary_of_layer = [distinct.index(key) for key in keys]
         self.patterns = [layer_pattern(config, i) for i in range(config.num_hidden_layers)]
         self.gradient_checkpointing = False
@@ -189,10 +182,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
 
     def make_cache_layer(self, layer_idx: int, record_past: bool = False) -> PatternLayer:
         """The cache layer that a decoder layer needs."""
-        pattern = self.patterns[layer_idx]
-        if not pattern.routed_clusters:
-            return PatternLayer(pattern, record_past)
-        return RoutedLayer(pattern, self.config.sparse_attention_of(layer_idx).num_clusters, record_past)
+        return cache_layer(self.config, layer_idx, record_past)
 
     def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
@@ -360,12 +350,12 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         return result
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Paged continuous batching (`generate_batch`); ValueError for routed layers, sink tokens, windows that differ."""
-        routed = any(pattern.routed_clusters for pattern in self.model.patterns)
+        """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
+        own = sorted({kind for kind in self.config.layer_types if kind.startswith("local_")})
         sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
         windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
-        if routed or sinks or len(windows) > 1:
-            what = "routed layers" if routed else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
+        if own or sinks or len(windows) > 1:
+            what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
             raise ValueError(
                 f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
                 " Use generate(), or convert the checkpoint without them"

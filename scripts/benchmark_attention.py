@@ -1,4 +1,4 @@
-"""Times one local and one routed attention layer against `scaled_dot_product_attention`; writes results/attention_layer.json.
+"""Times one local, one global and one routed attention layer against `scaled_dot_product_attention`; writes results/attention_layer.json.
 
 python scripts/benchmark_attention.py
 """
@@ -28,9 +28,11 @@ def main() -> None:
     parser.add_argument("--masked", nargs="+", type=int, default=[16384], help="lengths with a dense window mask" + default)
     parser.add_argument("--window", type=int, default=512, help="tokens" + default)
     parser.add_argument("--sinks", type=int, default=32, help="sink tokens" + default)
-    parser.add_argument("--clusters", type=int, default=256, help="centroids per key/value head, at every length" + default)
+    parser.add_argument("--clusters", type=int, default=256, help="centroids per key/value head, 0 = no routed layer" + default)
     parser.add_argument("--routed-clusters", type=int, default=2, help="clusters that a query looks into" + default)
     parser.add_argument("--routed-tokens", type=int, default=256, help="keys that it sees in each at most" + default)
+    parser.add_argument("--stride", type=int, default=64, help="distance of a global layer's nodes, 0 = none" + default)
+    parser.add_argument("--memory", type=int, default=128, help="memory tokens of a global layer" + default)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=1, help="samples of each variant" + default)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads" + default)
@@ -39,8 +41,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = measure_attention(
         args.lengths,
-        AttentionPattern(args.window, args.sinks, args.routed_clusters, args.routed_tokens),
-        num_clusters=args.clusters,
+        AttentionPattern(args.window, args.sinks, args.routed_clusters, args.routed_tokens, args.stride),
+        num_clusters=args.clusters or None,
+        num_memory_tokens=args.memory,
         dtypes=[DTYPES[name] for name in args.dtypes],
         compared_lengths=args.compared,
         masked_lengths=args.masked,

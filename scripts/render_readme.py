@@ -28,32 +28,33 @@ COMMANDS = {
 
 def attention_table(result: dict) -> str:
     """Rows: dtype and length; columns: what the sparse layers take, and how many times longer the others take."""
-    lines = [
-        "| dtype | tokens | local | routed | mean blocks | full | full / local | full / routed | window mask / local |"
-        " full / routed, with backward |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    variants = ["local", "routed", "blocks", "full"]
+    ratios = [("full", "local"), ("full", "routed"), ("masked", "local")]
+    if any("global" in cell["forward"] for cell in result["cells"]):
+        variants.insert(1, "global")
+        ratios.insert(1, ("full", "global"))
+    shown = {"blocks": "mean blocks", "masked": "window mask"}
+    header = ["dtype", "tokens", *(shown.get(name, name) for name in variants)]
+    header += [f"{shown.get(a, a)} / {b}" for a, b in ratios] + ["full / routed, with backward"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for cell in result["cells"]:
         forward = {name: taken["median"] for name, taken in cell["forward"].items()}
         both = {name: taken["median"] for name, taken in cell["forward_backward"].items()}
-        seconds = [f"{forward[name]:.2f} s" if name in forward else "" for name in ("local", "routed", "blocks", "full")]
-        pairs = [
-            (forward, "full", "local"),
-            (forward, "full", "routed"),
-            (forward, "masked", "local"),
-            (both, "full", "routed"),
-        ]
-        ratios = [f"{times[a] / times[b]:.1f}x" if a in times and b in times else "" for times, a, b in pairs]
-        lines.append("| " + " | ".join([cell["dtype"], f"{cell['length']:,}", *seconds, *ratios]) + " |")
+        seconds = [f"{forward[name]:.2f} s" if name in forward else "" for name in variants]
+        pairs = [*((forward, *pair) for pair in ratios), (both, "full", "routed")]
+        times = [f"{taken[a] / taken[b]:.1f}x" if a in taken and b in taken else "" for taken, a, b in pairs]
+        lines.append("| " + " | ".join([cell["dtype"], f"{cell['length']:,}", *seconds, *times]) + " |")
     exponents = "; ".join(
         f"{kind}: " + ", ".join(f"{value:.2f} ({name})" for name, value in slopes.items())
         for kind, slopes in result["exponents"].items()
     )
     pattern, heads = result["pattern"], result["heads"]
+    stride = pattern.get("global_stride")
+    nodes = f" 1 of every {stride} tokens and {result['num_memory_tokens']} memory tokens in global layers," if stride else ""
     lines += [
         "",
         f"{heads['query']} query and {heads['key_value']} key/value heads of {heads['size']}, window {pattern['window']},"
-        f" {pattern['num_sink_tokens']} sink tokens, {pattern['routed_clusters']} of {result['num_clusters']} clusters with at most"
+        f" {pattern['num_sink_tokens']} sink tokens,{nodes} {pattern['routed_clusters']} of {result['num_clusters']} clusters with at most"
         f" {pattern['routed_tokens']} keys each, random keys, {result['environment']['threads']} thread(s). Time grows with the"
         f" length to the power of, {exponents}.",
     ]

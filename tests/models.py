@@ -20,6 +20,18 @@ PATTERNS = {
         "sparse_attention": {"num_clusters": 6, "routed_clusters": 1, "routed_tokens": 100},
         "qk_norm": "head",
     },
+    "global": {
+        "layer_types": "G",
+        "sliding_window": 5,
+        "sparse_attention": {"num_sink_tokens": 2, "global_stride": 4, "num_memory_tokens": 3},
+    },
+    "global_mixed": {
+        "layer_types": "GSR",
+        "sliding_window": 7,
+        "sparse_attention": {"num_sink_tokens": 5, "global_stride": 3, "num_clusters": 4, "routed_tokens": 3},
+        "per_layer_config": {1: {"sparse_attention": None}},
+        "qk_norm": "head",
+    },
     "per_layer": {
         "layer_types": "SFS",
         "sliding_window": 5,

@@ -176,12 +176,15 @@ def test_local_layers_hold_a_bounded_number_of_keys(pattern):
         for step in range(90):
             run(model, random_ids(1, 1, seed=step), cache)
     for layer, size in zip(cache.layers, sizes, strict=True):
-        if layer.pattern.capacity is None:
+        if not layer.pattern.drops_keys:
             assert layer.keys.shape[2] == 290
         else:
-            assert size == layer.pattern.capacity
-            assert layer.keys.shape[2] <= layer.pattern.capacity + 1
-            assert layer._stores[0].buffer.shape[2] < 4 * (layer.pattern.capacity + 64)
+            capacity = layer.pattern.local.capacity
+            assert size == capacity
+            assert layer.keys.shape[2] <= capacity + 1
+            assert layer._stores[0].buffer.shape[2] < 4 * (capacity + 64)
+        if layer.pattern.global_stride:
+            assert layer.nodes[0].shape[2] == int(layer.pattern.are_nodes(torch.arange(290)).sum())
 
 
 def test_reset_makes_the_cache_new(pattern):

@@ -130,6 +130,12 @@ WRONG = {
         {"layer_types": "R", "sparse_attention": None},
         "layer 0 is local_routed_attention but sparse_attention is None",
     ),
+    "stride": ({"sparse_attention": {"global_stride": 0}}, "'global_stride'.*=0 must be at least 1"),
+    "memory": ({"sparse_attention": {"num_memory_tokens": -1}}, "'num_memory_tokens'.*=-1 must be 0 or more"),
+    "no nodes": (
+        {"layer_types": "G", "sparse_attention": None},
+        "layer 0 is local_global_attention but sparse_attention is None; give its global_stride",
+    ),
     "sparse name": ({"sparse_attention": {"sinks": 4}}, r"keys among \[.*'num_sink_tokens'"),
     "sparse name in a layer": ({"per_layer_config": {1: {"sparse_attention": {"sinks": 4}}}}, "layer 1: sparse_attention"),
     "sparse type": ({"sparse_attention": {"num_sink_tokens": "4"}}, "num_sink_tokens.*expected int"),
@@ -192,12 +198,13 @@ def test_impossible_configurations_are_refused(fields, message):
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
 
 
-def test_files_of_routed_models_are_read_by_the_base_class_too(tmp_path):
+@pytest.mark.parametrize("pattern,letters", [("routed_mixed", "SRF"), ("global_mixed", "GSR"), ("global", "GGG")])
+def test_files_of_own_layer_types_are_read_by_the_base_class_too(pattern, letters, tmp_path):
     """As a resuming Trainer and AutoTokenizer do; it knows no layer types but transformers' own."""
-    config = tiny_config("routed_mixed")
+    config = tiny_config(pattern)
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["layer_pattern"] == "SRF" and "layer_types" not in stored
+    assert stored["layer_pattern"] == letters and "layer_types" not in stored
     assert PreTrainedConfig.from_json_file(tmp_path / "config.json").hidden_size == config.hidden_size
     read = DeepseekR1TextConfig.from_pretrained(tmp_path)
     assert read == config and read.layer_types == config.layer_types and not hasattr(read, "layer_pattern")

@@ -1,5 +1,7 @@
 """The models as transformers users know them: saving, loading, gradients, outputs on request, heads, embeddings."""
 
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -109,7 +111,7 @@ def test_saving_and_loading_gives_the_same_model(pattern, tied, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=tolerance, atol=tolerance)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, parameter in half.named_parameters():
-        assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if re.search(r"\.(router|global_tokens)\.", name) else torch.bfloat16), name
     assert half.model.rotary_embs[0].inv_freq.dtype == torch.float32
 
 

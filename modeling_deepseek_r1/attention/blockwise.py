@@ -7,7 +7,8 @@ log-sum-exp. Parts over disjoint keys are merged exactly: with outputs o_p and l
     l = logsumexp_p l_p        o = sum_p exp(l_p - l) o_p
 
 and the gradient of a part is the one of its own kernel, called with the merged o and l (FlashAttention's backward,
-https://arxiv.org/abs/2307.08691, needs no more than these).
+https://arxiv.org/abs/2307.08691, needs no more than these). A part under a gate g counts with l_p + log g; its kernel is called
+with l - log g, and the gradient of log g is exp(l_p + log g - l) (o_p - o) . do.
 
 Cost of the local plan: n (W + S + block) query-key pairs, linear in n.
 """
@@ -114,9 +115,13 @@ def _gather(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
 def run_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Block], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of a plan, without autograd."""
+    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of a plan, without autograd. Queries before its first block see
+    nothing: 0 and -inf."""
     output = torch.empty_like(query)
     logsumexp = query.new_empty(query.shape[:3], dtype=sum_dtype(query))
+    first = plan[0].start if plan else query.shape[2]
+    output[:, :, :first] = 0.0
+    logsumexp[:, :, :first] = float("-inf")
     for block in plan:
         rows = query[:, :, block.start : block.stop]
         results = [
@@ -185,6 +190,34 @@ def merge_parts(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     shares = (sums - total).exp()
     merged = sum(share.unsqueeze(-1) * output for share, (output, _) in zip(shares, results, strict=True))
     return merged.to(results[0][0].dtype), total
+
+
+def merge_gated(
+    local: tuple[torch.Tensor, torch.Tensor], remotes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """One softmax over a part that is never empty and others, each under a gate.
+
+    Args:
+        local: output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]`.
+        remotes: the same of other parts (log-sum-exp -inf where one is empty), and the logarithm of each one's gate `[B, H, Q]`.
+
+    Returns:
+        Merged output and log-sum-exp, and the share of each remote part in the output, `[B, H, Q]`.
+    """
+    output, total = local
+    raised = [logsumexp + log_gate for _, logsumexp, log_gate in remotes]
+    for one in raised:
+        total = torch.logaddexp(total, one)
+    shares = [(one - total).exp() for one in raised]
+    merged = output.to(total.dtype) * (local[1] - total).exp().unsqueeze(-1)
+    for share, (remote, _, _) in zip(shares, remotes, strict=True):
+        merged.addcmul_(share.unsqueeze(-1), remote.to(total.dtype))
+    return merged.to(output.dtype), total, shares
+
+
+def gate_gradient(grad: torch.Tensor, output: torch.Tensor, remote: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Gradient `[B, H, Q]` of the logarithm of a remote part's gate; `output` is the merged one."""
+    return ((remote.to(share.dtype) - output) * grad).sum(-1) * share
 
 
 def sum_dtype(states: torch.Tensor) -> torch.dtype:

@@ -32,10 +32,22 @@ class UnadoptedLayer(DynamicLayer):
     _layer_type = "local_routed_attention"
 
 
+class UnadoptedGlobalLayer(DynamicLayer):
+    """Likewise for a global layer."""
+
+    _layer_type = "local_global_attention"
+
+
 class UnadoptedStaticLayer(StaticLayer):
     """Likewise for `StaticCache`."""
 
     _layer_type = "local_routed_attention"
+
+
+class UnadoptedStaticGlobalLayer(StaticLayer):
+    """Likewise for a global layer."""
+
+    _layer_type = "local_global_attention"
 
 
 REPLACEABLE = (
@@ -44,7 +56,9 @@ REPLACEABLE = (
     StaticLayer,
     StaticSlidingWindowLayer,
     UnadoptedLayer,
+    UnadoptedGlobalLayer,
     UnadoptedStaticLayer,
+    UnadoptedStaticGlobalLayer,
 )
 """Layers that transformers makes by default and that hold nothing a `PatternLayer` could not."""
 
@@ -110,7 +124,7 @@ class PatternLayer(DynamicLayer):
     def __init__(self, pattern: AttentionPattern, record_past: bool = False):
         super().__init__()
         self.pattern = pattern
-        self.is_sliding = pattern.capacity is not None
+        self.is_sliding = pattern.drops_keys
         self.record_past = record_past
         self.reserve = 0
         self._stores = (GrowingStates(), GrowingStates())

@@ -8,6 +8,8 @@ keys are those of the same document at positions
     local layer:  i - W < j <= i   or   j < min(S, i + 1)
     routed layer: those of the local layer; and, in each of the query's clusters, the most recent `routed_tokens` keys with
                   S <= j <= i - W, under a gate (`routed.py`)
+    global layer: those of the local layer; and, under a gate, the nodes S <= j <= i - W with (j + 1) mod `global_stride` = 0
+                  and the layer's memory tokens, which have no position (`nodes.py`)
 
 The window is that of Mistral (https://arxiv.org/abs/2310.06825), the sink tokens those of StreamingLLM
 (https://arxiv.org/abs/2309.17453). With W at least the length of the document both rows are the same.
@@ -30,19 +32,40 @@ class AttentionPattern:
         num_sink_tokens: the first tokens of the document that stay visible beside the window.
         routed_clusters: clusters that a query looks into besides; 0 = none.
         routed_tokens: the most recent keys that it sees in each.
+        global_stride: beyond the window, the last of every so many tokens stays visible (a node); 0 = none.
     """
 
     window: int | None = None
     num_sink_tokens: int = 0
     routed_clusters: int = 0
     routed_tokens: int = 0
+    global_stride: int = 0
+
+    @property
+    def local(self) -> "AttentionPattern":
+        """The pattern without its remote keys."""
+        return AttentionPattern(self.window, self.num_sink_tokens)
+
+    @property
+    def drops_keys(self) -> bool:
+        """Whether there are keys that no later token can see."""
+        return self.window is not None and not self.routed_clusters
 
     @property
     def capacity(self) -> int | None:
         """Keys that later tokens can still see, per sequence; None where that grows without bound."""
-        if self.window is None or self.routed_clusters:
-            return None
-        return self.num_sink_tokens + self.window - 1
+        return self.num_sink_tokens + self.window - 1 if self.drops_keys and not self.global_stride else None
+
+    @property
+    def first_node(self) -> int:
+        """Position of the first node; the others follow `global_stride` by `global_stride`."""
+        return -(-(self.num_sink_tokens + 1) // self.global_stride) * self.global_stride - 1
+
+    def are_nodes(self, positions: torch.Tensor) -> torch.Tensor:
+        """Which positions are nodes, bool in the shape of `positions`."""
+        if not self.global_stride:
+            return torch.zeros_like(positions, dtype=torch.bool)
+        return (positions >= self.num_sink_tokens) & ((positions + 1) % self.global_stride == 0)
 
     def kept(self, key_positions: torch.Tensor, next_positions: torch.Tensor) -> torch.Tensor:
         """Which keys the tokens from `next_positions` on can still see.
@@ -55,9 +78,9 @@ class AttentionPattern:
             `[B, K]` bool.
         """
         kept = key_positions >= 0
-        if self.capacity is not None:
+        if self.drops_keys:
             in_window = key_positions > next_positions - self.window
-            kept = kept & (in_window | (key_positions < self.num_sink_tokens))
+            kept = kept & (in_window | (key_positions < self.num_sink_tokens) | self.are_nodes(key_positions))
         return kept
 
 
@@ -116,6 +139,21 @@ def remote_keys(
         age = member.flip(-1).cumsum(-1).flip(-1)
         remote = remote | (member & (age <= pattern.routed_tokens))
     return remote
+
+
+def visible_nodes(
+    pattern: AttentionPattern,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The nodes that a query of a global layer sees, `[B, Q, K]`, disjoint from `visible_keys`; arguments as there."""
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    nodes = pattern.are_nodes(key) & (key <= query - pattern.window)
+    if query_documents is not None:
+        nodes &= query_documents[:, :, None] == key_documents[:, None, :]
+    return nodes
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention, full_plan, local_plan
+from .nodes import Nodes, dense_inputs, global_attention
 from .pattern import AttentionLayout, AttentionPattern, RowGroup, remote_keys, visible_keys
 from .routed import Routing, routed_attention
 
@@ -23,7 +24,7 @@ def document_attention(
     pattern: AttentionPattern,
     scale: float,
     seq_len: int,
-    routing: Routing | None = None,
+    routing: Routing | Nodes | None = None,
 ) -> torch.Tensor:
     """Attention of the last tokens of one document, equal in all rows of the batch.
 
@@ -31,12 +32,17 @@ def document_attention(
         query: `[B, H, Q, D]`, the positions `seq_len - Q ... seq_len - 1`.
         key, value: `[B, G, K, D]`, the first tokens of the document followed by its last ones.
         seq_len: tokens of the document so far.
-        routing: clusters and gate of a routed layer, which holds all keys.
+        routing: clusters and gate of a routed layer, which holds all keys; or gate, memory and nodes of a global one.
 
     Returns:
         `[B, H, Q, D]`.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if isinstance(routing, Nodes):
+        # Without remote keys it is the local layer; in training the gate gets its (zero) gradient nevertheless.
+        if routing.memory is not None or seq_len > pattern.first_node + pattern.window or torch.is_grad_enabled():
+            return global_attention(query, key, value, routing, pattern, scale, seq_len)
+        routing, pattern = None, pattern.local
     if routing is not None and seq_len > pattern.window + pattern.num_sink_tokens:
         return routed_attention(query, key, value, routing, pattern, scale)
     if num_queries == 1 and (pattern.capacity is None or num_keys <= pattern.capacity + 1):
@@ -60,7 +66,7 @@ def ragged_attention(
     layout: AttentionLayout,
     key_positions: torch.Tensor,
     key_documents: torch.Tensor | None,
-    routing: Routing | None = None,
+    routing: Routing | Nodes | None = None,
 ) -> torch.Tensor:
     """Attention over an irregular layout.
 
@@ -69,7 +75,7 @@ def ragged_attention(
         key, value: `[B, G, K, D]`: the cached keys followed by the Q new ones.
         key_positions: `[B, K]`, -1 = not a key.
         key_documents: `[B, K]` or None.
-        routing: clusters and gate of a routed layer.
+        routing: clusters and gate of a routed layer, or gate and memory of a global one.
 
     Returns:
         `[B, H, Q, D]`; rows of padding are finite and mean nothing.
@@ -81,9 +87,14 @@ def ragged_attention(
             layout.masks[pattern] = mask
         if routing is not None:
             positions = layout.positions, key_positions, layout.documents, key_documents
-            remote = remote_keys(pattern, routing.query_clusters, routing.key_clusters, *positions)
+            if isinstance(routing, Nodes):
+                key, value, mask, remote, log_gate = dense_inputs(key, value, mask[:, 0], routing, pattern, positions)
+                mask = mask[:, None]
+            else:
+                remote = remote_keys(pattern, routing.query_clusters, routing.key_clusters, *positions)
+                log_gate = routing.log_gate[..., None]
             hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-            mask = torch.where(remote, routing.log_gate.to(query.dtype)[..., None], torch.where(mask, 0.0, hidden))
+            mask = torch.where(remote, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     groups = layout.row_groups
     if len(groups) == 1:
@@ -92,7 +103,7 @@ def ragged_attention(
     for group in groups:
         rows = torch.tensor(group.rows, device=query.device)
         selected = (x.index_select(0, rows) for x in (query, key, value))
-        own = routing and Routing(*(x.index_select(0, rows) for x in routing))
+        own = routing and routing.rows(rows)
         outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows], own))
     order = torch.tensor([row for group in groups for row in group.rows], device=query.device)
     return torch.cat(outputs).index_select(0, order.argsort())
@@ -105,11 +116,7 @@ def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_pos
     # `split` has one backward for all pieces; slicing would make a full-size gradient for each.
     queries = query.split(lengths, 2)
     keys, values = (x[:, :, num_cached:].split(lengths, 2) for x in (key, value))
-    clusters = routing and (
-        routing.query_clusters.split(lengths, 2),
-        routing.key_clusters[:, :, num_cached:].split(lengths, 2),
-        routing.log_gate.split(lengths, 2),
-    )
+    routings = routing and routing.split(lengths)
     pieces: dict[int, list[int]] = {}
     for number, (document, _) in enumerate(group.runs):
         if document is not None:
@@ -117,14 +124,18 @@ def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_pos
     outputs = [torch.zeros_like(piece) for piece in queries]
     for document, numbers in pieces.items():
         own = [_joined(x, numbers) for x in (queries, keys, values)]
-        own_routing = routing and Routing(*(_joined(x, numbers) for x in clusters))
+        own_routing = routing and _joined(routings, numbers, routing.join)
         seq_len = own[0].shape[2]
         if document == group.current_document and num_cached and group.past_length:
             seq_len += group.past_length
             own[1:] = [
                 torch.cat((_cached(x, key_positions, num_cached), y), 2) for x, y in zip((key, value), own[1:], strict=True)
             ]
-            if routing is not None:
+            if isinstance(routing, Nodes):
+                positions = key_positions[0, :num_cached]
+                own[1:], nodes = _without_nodes(own[1:], positions[positions >= 0], group.past_length, pattern)
+                own_routing = own_routing._replace(held=nodes)
+            elif routing is not None:
                 held = _cached(routing.key_clusters.unsqueeze(-1), key_positions, num_cached).squeeze(-1)
                 own_routing = own_routing._replace(key_clusters=torch.cat((held, own_routing.key_clusters), 2))
         result = document_attention(*own, pattern, scale, seq_len, own_routing)
@@ -133,8 +144,18 @@ def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_pos
     return torch.cat(outputs, 2)
 
 
-def _joined(pieces: tuple[torch.Tensor, ...], numbers: list[int]) -> torch.Tensor:
-    return torch.cat([pieces[n] for n in numbers], 2) if len(numbers) > 1 else pieces[numbers[0]]
+def _joined(pieces, numbers: list[int], join=lambda pieces: torch.cat(pieces, 2)):
+    return join([pieces[n] for n in numbers]) if len(numbers) > 1 else pieces[numbers[0]]
+
+
+def _without_nodes(states: list[torch.Tensor], positions: torch.Tensor, past: int, pattern: AttentionPattern):
+    """Keys and values (the cached ones of a document, at `positions` `[K]`, and the new ones) as the cache of a global layer
+    holds them without padding: first tokens and last ones, and apart from them all nodes."""
+    later = torch.arange(past, past + states[0].shape[2] - len(positions), device=positions.device)
+    positions = torch.cat((positions, later))
+    local = ((positions > past - pattern.window) | (positions < pattern.num_sink_tokens)).nonzero().flatten()
+    nodes = pattern.are_nodes(positions).nonzero().flatten()
+    return ([x.index_select(2, index) for x in states] for index in (local, nodes))
 
 
 def _cached(states: torch.Tensor, key_positions: torch.Tensor, num_cached: int) -> torch.Tensor:

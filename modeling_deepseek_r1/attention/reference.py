@@ -23,7 +23,7 @@ def attention_reference(
         visible: `[B, Q, K]` bool.
         dropout: probability of dropping an attention weight; 0 outside of training.
         remote: `[B, H, Q, K]` bool, disjoint from `visible`.
-        log_gate: `[B, H, Q]`, added to the remote scores.
+        log_gate: `[B, H, Q, 1 or K]`, added to the remote scores.
 
     Returns:
         The output `[B, H, Q, D]` and the weights `[B, H, Q, K]`, in the query's dtype.
@@ -33,7 +33,7 @@ def attention_reference(
     scores = (query @ key.transpose(2, 3) * scale).float()
     visible = visible[:, None]
     if remote is not None:
-        scores = torch.where(remote, scores + log_gate[..., None], scores)
+        scores = torch.where(remote, scores + log_gate, scores)
         visible = visible | remote
     weights = scores.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)

@@ -1,6 +1,7 @@
-"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), with transformers' own code for every frequency type.
+"""Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864), with transformers' own code for every frequency type,
+and a type of this library whose base changes with the position.
 
-The module keeps the names (`inv_freq`, `original_inv_freq`, `rope_type`, `compute_default_rope_parameters`) by which
+`DeepseekR1RotaryEmbedding` keeps the names (`inv_freq`, `original_inv_freq`, `rope_type`, `compute_default_rope_parameters`) by which
 transformers restores the non-persistent buffers after `from_pretrained`.
 """
 
@@ -40,6 +41,47 @@ class DeepseekR1RotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class PiecewiseLinearRotaryEmbedding(nn.Module):
+    """Rotation whose phase grows with a base of its own in each segment of the positions.
+
+    With segments that begin at s_0 = 0 < s_1 < ... and bases b_k, the phase of frequency d at position p is
+
+        phi_d(p) = sum_k len_k(p) b_k^(-2 d / head_dim),   len_k(p) = the part of [0, p) within segment k.
+
+    Inside a segment attention depends on distances alone, across a boundary on both positions. One segment is plain rotation.
+
+    Args:
+        config: the configuration of one layer; read are `rope_parameters["segments"]`, pairs of first position and base, and
+            `head_dim`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.segments = [(int(start), float(base)) for start, base in config.rope_parameters["segments"]]
+        self.head_dim = config.head_dim
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DeepseekR1RotaryEmbedding.forward`."""
+        # No buffers: a model that is loaded would have to be told how to restore them.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float, device=x.device) / self.head_dim
+        ends = [start for start, _ in self.segments[1:]] + [None]
+        positions = position_ids[..., None].to(x.device)
+        angles = torch.zeros((), device=x.device)
+        for (start, base), end in zip(self.segments, ends, strict=True):
+            within = positions.clamp(min=start, max=end) - start
+            angles = angles + within.float() * (1.0 / (base**exponents))
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotary_embedding(config) -> nn.Module:
+    """The rotary module for the configuration of one layer."""
+    if config.rope_parameters["rope_type"] == "piecewise_linear":
+        return PiecewiseLinearRotaryEmbedding(config)
+    return DeepseekR1RotaryEmbedding(config)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .blockwise import local_plan, run_plan, run_plan_backward
+from .blockwise import gate_gradient, local_plan, merge_gated, run_plan, run_plan_backward
 from .kernels import attend, attend_backward
 from .pattern import AttentionPattern
 
@@ -43,6 +43,23 @@ class Routing(NamedTuple):
     query_clusters: torch.Tensor
     key_clusters: torch.Tensor
     log_gate: torch.Tensor
+
+    def cached(self, layer) -> "Routing":
+        """With what the layer of a cache holds."""
+        return self._replace(key_clusters=layer.clusters.squeeze(-1))
+
+    def rows(self, index: torch.Tensor) -> "Routing":
+        """Of some rows of the batch."""
+        return Routing(*(x.index_select(0, index) for x in self))
+
+    def split(self, lengths: list[int]) -> list["Routing"]:
+        """Of consecutive runs of queries and their own keys, the last ones."""
+        own = self._replace(key_clusters=self.key_clusters[:, :, -sum(lengths) :])
+        return [Routing(*pieces) for pieces in zip(*(x.split(lengths, 2) for x in own), strict=True)]
+
+    @staticmethod
+    def join(pieces: list["Routing"]) -> "Routing":
+        return Routing(*(torch.cat(x, 2) for x in zip(*pieces, strict=True)))
 
 
 @dataclass
@@ -135,12 +152,9 @@ def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, log_gate, local, batches, choices, scale, spacing):
-        output, total = run_plan(query, key, value, local, scale)
+        near = run_plan(query, key, value, local, scale)
         remote, remote_sum = _run_pairs(query, _flat(key, spacing), _flat(value, spacing), batches, choices, scale)
-        raised = remote_sum + log_gate
-        merged = torch.logaddexp(total, raised)
-        share = (raised - merged).exp().unsqueeze(-1)
-        output = torch.lerp(output.to(remote.dtype), remote, share).to(query.dtype)
+        output, merged, (share,) = merge_gated(near, [(remote, remote_sum, log_gate)])
         ctx.save_for_backward(query, key, value, log_gate, output, merged, remote, share)
         ctx.plans = local, batches, choices, scale
         return output
@@ -152,7 +166,7 @@ class _RoutedAttention(torch.autograd.Function):
         local, batches, choices, scale = ctx.plans
         grads = run_plan_backward(grad, query, key, value, output, merged, local, scale)
         _run_pairs_backward(grads, grad, query, key, value, output, merged - log_gate, batches, choices, scale)
-        grad_gate = ((remote - output) * grad).sum(-1) * share.squeeze(-1)
+        grad_gate = gate_gradient(grad, output, remote, share)
         casts = (x.to(y.dtype) for x, y in zip(grads, (query, key, value), strict=True))
         return *casts, grad_gate.to(log_gate.dtype), None, None, None, None, None
 
@@ -287,6 +301,5 @@ def routed_step(
     empty = ~found.any(-1, keepdim=True)
     mask = torch.zeros(found.shape, dtype=query.dtype, device=key.device).masked_fill_(~(found | empty), float("-inf"))
     remote, remote_sum = attend(query, *states, scale, mask.unsqueeze(2))
-    raised = (remote_sum + log_gate).masked_fill(empty, float("-inf"))
-    share = (raised - torch.logaddexp(local[1], raised)).exp().unsqueeze(-1)
-    return torch.lerp(local[0].to(share.dtype), remote.to(share.dtype), share).to(query.dtype)
+    remote_sum = remote_sum.masked_fill(empty, float("-inf"))
+    return merge_gated(local, [(remote, remote_sum, log_gate)])[0]

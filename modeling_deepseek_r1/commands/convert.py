@@ -11,6 +11,8 @@ PATTERN_ARGUMENTS = (
     "sliding_window",
     "num_sink_tokens",
     "num_clusters",
+    "global_stride",
+    "num_memory_tokens",
     "context_length",
     "gguf_file",
 )
@@ -48,6 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="centroids per key/value head of routed layers (default: one per 128 tokens)",
+    )
+    pattern.add_argument(
+        "--global-stride",
+        type=int,
+        metavar="N",
+        help="local_global layers see the last of every N tokens beyond the window (default: 64)",
+    )
+    pattern.add_argument(
+        "--num-memory-tokens",
+        type=int,
+        metavar="N",
+        help="learned keys and values of local_global layers, for training to fill (default: 0)",
     )
     pattern.add_argument(
         "--context-length",

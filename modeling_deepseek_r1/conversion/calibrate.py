@@ -4,6 +4,7 @@ The model runs with the source's own attention, and only the directions of its k
 zero, which lets remote keys count like near ones.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..attention.kmeans import fit_centroids
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from ..configuration.sparse import OWN_LAYER_TYPES
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 
 WINDOW_TOKENS = 2048
@@ -50,6 +52,13 @@ class Calibration:
         return max(16384, 256 * clusters)
 
 
+def as_calibration(value) -> Calibration:
+    """A [`Calibration`] from what `convert_checkpoint` accepts."""
+    if value is None or isinstance(value, Calibration):
+        return value or Calibration()
+    return Calibration([value] if isinstance(value, str | os.PathLike) else list(value))
+
+
 def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the float32 tensors that routed layers add to a model."""
     shapes = {}
@@ -71,9 +80,9 @@ def centroids_name(layer_idx: int) -> str:
 def load_plain(
     config: DeepseekR1TextConfig, names: Sequence[str], read: Callable[[str], torch.Tensor]
 ) -> DeepseekR1ForCausalLM:
-    """The model with full attention in place of routed layers, its weights read one by one."""
+    """The model with full attention in place of routed and local_global layers, its weights read one by one."""
     fields = config.to_dict()
-    fields["layer_types"] = ["full_attention" if kind == "local_routed_attention" else kind for kind in config.layer_types]
+    fields["layer_types"] = ["full_attention" if kind in OWN_LAYER_TYPES else kind for kind in config.layer_types]
     with no_init_weights():
         model = DeepseekR1ForCausalLM(DeepseekR1TextConfig.from_dict(fields)).to(config.dtype)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())

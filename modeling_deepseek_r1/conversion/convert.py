@@ -20,9 +20,10 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .calibrate import Calibration, fit_routers, load_plain, router_tensors, text_windows
+from .calibrate import Calibration, as_calibration, fit_routers, load_plain, router_tensors, text_windows
 from .domains import Texts, domains_entry, domains_without_text, fit_domain_gates, fitted_layers, read_domains
 from .families import TARGET_MODEL_TYPE
+from .global_tokens import with_global_tokens
 from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors, stored_dtype
 from .recommend import Candidate, recommend
 from .report import ConversionReport, cache_size, describe_experts, describe_pattern, layer_attention
@@ -52,6 +53,8 @@ def convert_checkpoint(
     sliding_window: int | None = None,
     num_sink_tokens: int | None = None,
     num_clusters: int | None = None,
+    global_stride: int | None = None,
+    num_memory_tokens: int | None = None,
     context_length: int | None = None,
     calibration: str | os.PathLike | Sequence[str | os.PathLike] | Calibration | None = None,
     expert_topology: Mapping[str, int] | Sequence[Mapping[str, int]] | None = None,
@@ -84,6 +87,8 @@ def convert_checkpoint(
         sliding_window: tokens that a sliding layer sees, the current one included.
         num_sink_tokens: first tokens of a document that sliding layers see besides.
         num_clusters: centroids per key/value head of routed layers; default: one for every 128 tokens of `context_length`.
+        global_stride: local_global layers see the last of every so many tokens beyond the window; default: 64.
+        num_memory_tokens: learned keys and values of a local_global layer, for training to fill; default: none.
         context_length: tokens that the result is meant to read; default: what the source was made for, at most 8,192.
         calibration: text to which the centroids of routed layers are fitted, in one pass of the source model over it (which
             takes the memory of that model): path or paths of UTF-8 files, or a [`Calibration`]; default: prose and code of
@@ -125,6 +130,8 @@ def convert_checkpoint(
         sliding_window=sliding_window,
         num_sink_tokens=num_sink_tokens,
         num_clusters=num_clusters,
+        global_stride=global_stride,
+        num_memory_tokens=num_memory_tokens,
         context_length=context_length,
     )
     experts = {
@@ -137,13 +144,18 @@ def convert_checkpoint(
     }
     target = apply_experts(dense, **experts)
     refit, calibration = calibration is not None or layer_types == AUTO, as_calibration(calibration)
-    plan = plan_tensors(origin, dense, as_dtype(dtype), router_tensors(dense), refit=refit)
+
+    def plan_attention(dense: DeepseekR1TextConfig) -> TensorPlan:
+        plan = plan_tensors(origin, dense, as_dtype(dtype), router_tensors(dense), refit=refit)
+        return with_global_tokens(plan, origin, dense, calibration.seed)
+
+    plan = plan_attention(dense)
     tokens, routers, tried = calibration.tokens_for(dense), None, []
     if layer_types == AUTO and not dry_run:
         check_destination(Path(destination).expanduser().resolve(), overwrite, origin.path)
         dense, routers, tried = _find_pattern(origin, dense, calibration)
         target = apply_experts(dense, **experts)
-        plan = plan_tensors(origin, dense, as_dtype(dtype), router_tensors(dense), refit=refit)
+        plan = plan_attention(dense)
     fits_centroids = bool(plan.fitted)
     if target is not dense:
         plan = upcycled_plan(plan, target, calibration.seed, fitted_layers(target, list(domain_texts or {})))
@@ -217,13 +229,6 @@ def _find_pattern(
     chosen, tried = recommend(model, target, routers, held_out, calibration)
     target = DeepseekR1TextConfig.from_dict(target.to_dict() | {"layer_types": chosen.layer_types})
     return target, {name: routers[name] for name in router_tensors(target)}, tried
-
-
-def as_calibration(value) -> Calibration:
-    """A [`Calibration`] from what `convert_checkpoint` accepts."""
-    if value is None or isinstance(value, Calibration):
-        return value or Calibration()
-    return Calibration([value] if isinstance(value, str | os.PathLike) else list(value))
 
 
 def source_tokenizer(origin: Source):

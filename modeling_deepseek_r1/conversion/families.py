@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from ..configuration.sparse import OWN_LAYER_TYPES
 
 TARGET_MODEL_TYPE = DeepseekR1TextConfig.model_type
 TARGET_ARCHITECTURE = "DeepseekR1ForCausalLM"
@@ -148,9 +149,11 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
     differing = sorted({name for layer in overrides.values() for name in layer})
     if differing:
         obstacles.append(f"per_layer_config ({', '.join(differing)} differ between layers)")
-    routed = fields["layer_types"].count("local_routed_attention")
-    if routed:
-        obstacles.append(f"layer_types ({routed} of {len(sliding)} are local_routed_attention)")
+    if (fields.get("rope_parameters") or {}).get("rope_type") == "piecewise_linear":
+        obstacles.append("rope_parameters (rope_type='piecewise_linear')")
+    for kind in OWN_LAYER_TYPES:
+        if count := fields["layer_types"].count(kind):
+            obstacles.append(f"layer_types ({count} of {len(sliding)} are {kind})")
     if any(sliding) and (fields.get("sparse_attention") or {}).get("num_sink_tokens"):
         obstacles.append(f"sparse_attention (num_sink_tokens={fields['sparse_attention']['num_sink_tokens']})")
     if any(sliding) and (family.window == "none" or (family.window == "uniform" and not all(sliding))):

@@ -16,7 +16,8 @@ Recipe = Callable[[Callable[[str], torch.Tensor]], torch.Tensor]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
-ROUTER = re.compile(r"model\.layers\.\d+\.self_attn\.router\.\w+")
+REMOTE = re.compile(r"model\.layers\.\d+\.self_attn\.(router|global_tokens)\.\w+")
+"""What routed and local_global layers add to a model."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class TensorPlan:
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a weight in a model of `dtype`: routers stay float32."""
-    return torch.float32 if ".router." in name else dtype
+    """The dtype of a weight in a model of `dtype`: routers, and what local_global layers add, stay float32."""
+    return torch.float32 if ".router." in name or ".global_tokens." in name else dtype
 
 
 def expected_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight that a causal language model with `config` stores, in its order.
 
-    What routed attention adds is left out (`calibrate.router_tensors`).
+    What remote keys add is left out (`calibrate.router_tensors`, `global_tokens.global_tensors`).
     """
     shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer_idx in range(config.num_hidden_layers):
@@ -152,7 +153,7 @@ def plan_tensors(
     routers = routers or {}
     kept = not refit and all(name in found and found[name].shape == shape for name, shape in routers.items())
     expected |= routers if kept else {}
-    skipped |= {name: "of another routing" for name in found if ROUTER.fullmatch(name) and name not in expected}
+    skipped |= {name: "of another routing" for name in found if REMOTE.fullmatch(name) and name not in expected}
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected and name not in skipped]
     shapes = {

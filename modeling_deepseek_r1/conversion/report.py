@@ -20,12 +20,16 @@ class LayerAttention:
         num_sink_tokens: first tokens of the document that stay visible besides the window.
         bytes_per_token: keys and values of one token in this layer's cache.
         routed_keys: keys that a query of a routed layer sees beyond the window at most; 0: the layer is not routed.
+        global_stride: distance of the nodes of a local_global layer; 0: it has none.
+        num_memory_tokens: its memory tokens, which are part of the weights.
     """
 
     window: int | None
     num_sink_tokens: int
     bytes_per_token: int
     routed_keys: int = 0
+    global_stride: int = 0
+    num_memory_tokens: int = 0
 
     @property
     def name(self) -> str:
@@ -34,6 +38,9 @@ class LayerAttention:
         sinks = f" + {self.num_sink_tokens} sink tokens" if self.num_sink_tokens else ""
         if self.routed_keys:
             return f"local_routed_attention ({self.window} tokens{sinks} + at most {self.routed_keys} routed)"
+        if self.global_stride:
+            memory = f" + {self.num_memory_tokens} memory tokens" if self.num_memory_tokens else ""
+            return f"local_global_attention ({self.window} tokens{sinks} + 1 of every {self.global_stride} tokens{memory})"
         return f"sliding_attention ({self.window} tokens{sinks})"
 
 
@@ -142,7 +149,9 @@ def layer_attention(config: DeepseekR1TextConfig, dtype: torch.dtype) -> list[La
         else:
             sparse = config.sparse_attention_of(layer_idx)
             routed = sparse.routed_clusters * sparse.routed_tokens if kind == "local_routed_attention" else 0
-            layers.append(LayerAttention(layer.sliding_window, sparse.num_sink_tokens if sparse else 0, size, routed))
+            nodes = (sparse.global_stride, sparse.num_memory_tokens) if kind == "local_global_attention" else ()
+            sinks = sparse.num_sink_tokens if sparse else 0
+            layers.append(LayerAttention(layer.sliding_window, sinks, size, routed, *nodes))
     return layers
 
 
@@ -152,6 +161,7 @@ def cache_size(layers: Iterable[LayerAttention]) -> CacheSize:
         if layer.window is None or layer.routed_keys:
             growth += 1000 * layer.bytes_per_token
         else:
+            growth += 1000 * layer.bytes_per_token // layer.global_stride if layer.global_stride else 0
             fixed += (layer.window - 1 + layer.num_sink_tokens) * layer.bytes_per_token
     return CacheSize(growth, fixed)
 

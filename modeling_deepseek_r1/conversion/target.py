@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig, SparseAttention
 from ..configuration.presets import preset_fields
 from .families import FAMILIES, LATENT_ATTENTION, MIXTURES, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
 from .source import Source
@@ -72,6 +72,8 @@ def apply_pattern(
     sliding_window: int | None = None,
     num_sink_tokens: int | None = None,
     num_clusters: int | None = None,
+    global_stride: int | None = None,
+    num_memory_tokens: int | None = None,
     context_length: int | None = None,
 ) -> DeepseekR1TextConfig:
     """`config` with another attention pattern, or itself where none is asked for; the arguments are `convert_checkpoint`'s."""
@@ -93,8 +95,17 @@ def apply_pattern(
         raise ValueError(f"{name} has no effect: no layer is local_routed_attention; give layer_types (such as 'RF') too")
     if num_clusters is None and routed and (context_length or "num_clusters" not in (sparse or {})):
         num_clusters = clusters_for(context_length or min(config.max_position_embeddings, DEFAULT_CONTEXT))
-    given = {"num_sink_tokens": num_sink_tokens, "num_clusters": num_clusters}
+    remote = {"global_stride": global_stride, "num_memory_tokens": num_memory_tokens}
+    remote = {name: value for name, value in remote.items() if value is not None}
+    global_layers = "G" in pattern or "local_global_attention" in pattern
+    if remote and not global_layers:
+        raise ValueError(
+            f"{next(iter(remote))} has no effect: no layer is local_global_attention; give layer_types (such as 'GF') too"
+        )
+    given = remote | {"num_sink_tokens": num_sink_tokens, "num_clusters": num_clusters}
     given = {name: value for name, value in given.items() if value is not None}
+    if global_layers and not sparse:
+        given.setdefault("global_stride", SparseAttention.global_stride)
     if given or preset is not None:
         wanted["sparse_attention"] = {**(sparse or {}), **given} or None
     if not wanted:

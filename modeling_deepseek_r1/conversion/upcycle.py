@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .domains import gate_names
-from .plan import Recipe, TensorPlan, expected_tensors, stored_dtype
+from .plan import REMOTE, Recipe, TensorPlan, expected_tensors, stored_dtype
 from .write import TensorInfo
 
 EXPERT_LETTERS = {"D": "dense", "E": "sparse"}
@@ -117,9 +117,9 @@ def upcycled_plan(
             continue
         mlp = plan.tensors[f"{name.partition('.mlp.')[0]}.mlp.gate_proj.weight"]
         tensors[name] = TensorInfo(shape, stored_dtype(name, mlp.dtype))
-    tensors |= {name: plan.tensors[name] for name in plan.tensors if ".self_attn.router." in name}
+    tensors |= {name: plan.tensors[name] for name in plan.tensors if REMOTE.fullmatch(name)}
     fitted = [name for layer_idx in fitted_layers for name in gate_names(layer_idx)]
-    return replace(plan, tensors=tensors, made=made, fitted=plan.fitted + fitted)
+    return replace(plan, tensors=tensors, made=plan.made | made, fitted=plan.fitted + fitted)
 
 
 def layer_recipes(prefix: str, shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> dict[str, Made]:
@@ -134,11 +134,11 @@ def layer_recipes(prefix: str, shapes: Mapping[str, tuple[int, ...]], std: float
     for part, shape in shapes.items():
         name = prefix + part
         if part == "router.scores.weight":
-            recipes[name] = _random(name, shape, std, seed)
+            recipes[name] = random_tensor(name, shape, std, seed)
         elif part.startswith("router.domain_gate.") or part.endswith("_b"):
             recipes[name] = Made((), lambda shape=shape: torch.zeros(shape))
         elif part.endswith("_a"):
-            recipes[name] = _random(name, shape, shape[-1] ** -0.5, seed)
+            recipes[name] = random_tensor(name, shape, shape[-1] ** -0.5, seed)
         elif part == "experts.gate_up_proj":
             recipes[name] = Made((f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"), _repeated(shape[0]))
         elif part == "experts.down_proj":
@@ -153,7 +153,7 @@ def _repeated(num_experts: int) -> Callable[..., torch.Tensor]:
     return lambda *parts: torch.cat(parts).expand(num_experts, -1, -1)
 
 
-def _random(name: str, shape: tuple[int, ...], std: float, seed: int) -> Made:
+def random_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Made:
     """Normal numbers that depend on the name and the seed, and not on what else is made."""
 
     def make() -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention.kmeans import assign_keys, choose_clusters
+from ..attention.nodes import Memory, Nodes
 from ..attention.pattern import AttentionPattern, visible_keys
 from ..attention.ragged import document_attention
 from ..attention.routed import Routing, routed_attention
@@ -22,13 +23,17 @@ from .mean_blocks import BLOCK_TOKENS, block_routing
 from .memory_probe import PeakMemory
 from .speed import Measurement
 
+SPARSE = ("local", "global", "routed")
+"""Variants whose cost does not grow with the square of the length."""
+
 
 @dataclass(frozen=True)
 class AttentionCell:
     """One length and dtype. Seconds per variant, of those that were measured there:
 
-    `local` (window and sink tokens), `routed` (these and clusters, assignment included), `blocks` (these and as many keys in
-    blocks chosen by their mean), `full` (causal), `masked` (the window as a dense mask).
+    `local` (window and sink tokens), `global` (these, nodes and memory tokens), `routed` (the first and clusters, assignment
+    included), `blocks` (the first and as many keys in blocks chosen by their mean), `full` (causal), `masked` (the window as a
+    dense mask).
 
     `memory_over_output`: memory of a forward beyond its inputs and its output, as a multiple of the output.
     """
@@ -55,6 +60,7 @@ def measure_attention(
     pattern: AttentionPattern,
     *,
     num_clusters: int | None = None,
+    num_memory_tokens: int = 0,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     heads: Heads = Heads(),  # noqa: B008 (frozen)
     compared_lengths: Sequence[int] = (),
@@ -66,28 +72,31 @@ def measure_attention(
 
     Args:
         lengths: tokens.
-        pattern: of the routed layer; of the local one, its window and sink tokens.
+        pattern: of the routed and of the global layer; of the local one, its window and sink tokens. Without a `global_stride`
+            there is no global layer.
         num_clusters: centroids per key/value head; None: no routed layer.
+        num_memory_tokens: of the global layer.
         compared_lengths, masked_lengths, backward_lengths: where to measure more. Compared: also full causal `sdpa`, and with
             `num_clusters` mean blocks; masked: also `sdpa` with a dense window mask; backward: also forward + backward.
         dtypes: of queries, keys and values.
         repeats: samples of each variant, taken in turn.
 
     Returns:
-        `{"pattern", "num_clusters", "heads", "cells": [...], "exponents": {dtype: {variant: ...}}}`; an exponent is the slope of
+        `{"pattern", "num_clusters", "num_memory_tokens", "heads", "cells": [...], "exponents": {dtype: {variant: ...}}}`; an exponent is the slope of
         the time over the length between the shortest and the longest, both logarithmic.
     """
     cells = []
     for dtype in dtypes:
         for length in lengths:
-            names = ["local", *(["routed"] if num_clusters else [])]
+            names = ["local", *(["global"] if pattern.global_stride else []), *(["routed"] if num_clusters else [])]
             names += ["full", *(["blocks"] if num_clusters else [])] if length in compared_lengths else []
             names += ["masked"] if length in masked_lengths else []
-            runs = _variants(names, pattern, num_clusters, heads, length, dtype)
+            runs = _variants(names, pattern, num_clusters, num_memory_tokens, heads, length)
             cells.append(_cell(length, dtype, heads, runs, length in backward_lengths, repeats))
     return {
         "pattern": asdict(pattern),
         "num_clusters": num_clusters,
+        "num_memory_tokens": num_memory_tokens,
         "heads": asdict(heads),
         "exponents": {_name(dtype): _exponents([cell for cell in cells if cell.dtype == _name(dtype)]) for dtype in dtypes},
         "cells": [asdict(cell) for cell in cells],
@@ -100,13 +109,14 @@ def _exponents(cells: list[AttentionCell]) -> dict[str, float]:
         return {}
     return {
         name: math.log(last.forward[name].median / first.forward[name].median) / math.log(last.length / first.length)
-        for name in ("local", "routed")
+        for name in SPARSE
         if name in first.forward
     }
 
 
-def _variants(names, pattern, num_clusters, heads: Heads, length, dtype) -> dict[str, Callable]:
-    scale, local = heads.size**-0.5, replace(pattern, routed_clusters=0, routed_tokens=0)
+def _variants(names, pattern, num_clusters, num_memory_tokens, heads: Heads, length) -> dict[str, Callable]:
+    scale, local = heads.size**-0.5, pattern.local
+    generator, gate = torch.Generator().manual_seed(1), torch.zeros(1, heads.query, length)
     runs: dict[str, Callable] = {
         "local": lambda q, k, v: document_attention(q, k, v, local, scale, length),
         "full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
@@ -115,10 +125,12 @@ def _variants(names, pattern, num_clusters, heads: Heads, length, dtype) -> dict
         positions = torch.arange(length)[None]
         mask = visible_keys(local, positions, positions)[:, None]
         runs["masked"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    if "global" in names:
+        slots = [torch.randn(heads.key_value, num_memory_tokens, heads.size, generator=generator) for _ in range(2)]
+        nodes = Nodes(gate, Memory(*slots, torch.zeros(heads.query)) if num_memory_tokens else None)
+        runs["global"] = lambda q, k, v: document_attention(q, k, v, pattern, scale, length, nodes)
     if num_clusters:
-        generator = torch.Generator().manual_seed(1)
         centroids = F.normalize(torch.randn(heads.key_value, num_clusters, heads.size, generator=generator), dim=-1)
-        gate = torch.zeros(1, heads.query, length)
         budget = pattern.routed_clusters * pattern.routed_tokens
         blocks = replace(pattern, routed_clusters=max(1, budget // BLOCK_TOKENS), routed_tokens=BLOCK_TOKENS)
 
@@ -144,7 +156,7 @@ def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool
     with torch.no_grad():
         if "masked" in runs:
             error = (runs["masked"](*tensors) - runs["local"](*tensors)).abs().max().item()
-        for name in set(runs) & {"local", "routed"}:
+        for name in set(runs) & set(SPARSE):
             with PeakMemory() as peak:
                 output = runs[name](*tensors)
             extra[name] = max(0.0, (peak.extra_bytes - output.nbytes) / output.nbytes)

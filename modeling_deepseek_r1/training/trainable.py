@@ -11,7 +11,7 @@ TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "experts": ("experts.gate_up_proj", "experts.down_proj"),
-    "router": ("router",),
+    "router": ("router", "global_tokens"),
 }
 """Target -> ends of the names of its modules; of its parameters for `experts`, which are fused."""
 
@@ -40,8 +40,8 @@ def add_adapters(
 ) -> tuple[nn.Module, TrainableReport]:
     """Puts low-rank adapters on the chosen parts and freezes the rest.
 
-    Routers are trained as they are: a gate has one row per head or expert, fewer weights than a low-rank update of it. So is a
-    new classification head.
+    Routers, and gates and memory tokens of global layers, are trained as they are: a gate has one row per head or expert, fewer
+    weights than a low-rank update of it. So is a new classification head.
 
     Args:
         model: is changed.

@@ -38,7 +38,7 @@ def reference(tensors, routing, pattern, layout, places):
         remote_keys(pattern, routing.query_clusters, routing.key_clusters, *places),
     )
     assert not (visible[:, None] & remote & (places[0] >= 0)[:, None, :, None]).any()
-    return attention_reference(*tensors, visible, 0.25, 0.0, remote, routing.log_gate)[0]
+    return attention_reference(*tensors, visible, 0.25, 0.0, remote, routing.log_gate[..., None])[0]
 
 
 def assert_agree(actual, expected, tensors, tolerance=2e-5, real=None):

@@ -14,14 +14,15 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_adapters_begin_as_the_model_itself_and_merge_back():
+@pytest.mark.parametrize(("pattern", "gates"), [("routed_mixed", 1), ("global", 3)])
+def test_adapters_begin_as_the_model_itself_and_merge_back(pattern, gates):
     ids = random_ids(2, 20)
-    expected = tiny_model("routed_mixed")(ids).logits
-    model, report = add_adapters(tiny_model("routed_mixed"), rank=3, targets=["attention", "mlp", "router"])
+    expected = tiny_model(pattern)(ids).logits
+    model, report = add_adapters(tiny_model(pattern), rank=3, targets=["attention", "mlp", "router"])
     assert torch.equal(model(ids).logits, expected)
-    assert report.matched == {"attention": 12, "mlp": 9, "router": 1}
+    assert report.matched == {"attention": 12, "mlp": 9, "router": gates}
     assert report.trainable == sum(model.get_parameter(name).numel() for name in trainable(model))
-    assert "attention (12), mlp (9), router (1)" in report.summary()
+    assert f"attention (12), mlp (9), router ({gates})" in report.summary()
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -33,7 +34,7 @@ def test_adapters_begin_as_the_model_itself_and_merge_back():
     changed = model(ids).logits
     assert (changed - expected).abs().max() > 1e-3
     merged = model.merge_and_unload()
-    assert merged.state_dict().keys() == tiny_model("routed_mixed").state_dict().keys()
+    assert merged.state_dict().keys() == tiny_model(pattern).state_dict().keys()
     torch.testing.assert_close(merged(ids).logits, changed, rtol=1e-4, atol=1e-4)
 
 
@@ -63,7 +64,7 @@ def test_freezing():
         ({"targets": ["mlps"]}, r"adapters for \['mlps'\]: choose some of attention, mlp, experts, router"),
         ({"targets": []}, "adapters for nothing"),
         ({"targets": ["router"]}, "routers alone are trained as they are"),
-        ({"targets": ["attention", "router"]}, "the model has no router; leave out 'router'"),
+        ({"targets": ["attention", "router"]}, "the model has no router or global_tokens; leave out 'router'"),
         ({"targets": ["experts"]}, "the model has no experts.gate_up_proj or experts.down_proj"),
         ({"targets": ["experts"], "dropout": 0.1}, "fused experts cannot have dropout"),
     ],
