@@ -264,6 +264,8 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
             obstacles.append(" and ".join(f"{name} ({fields[name]!r})" for name in names))
     if family.model_type == "llama" and fields["hidden_size"] % fields["num_attention_heads"]:
         obstacles.append(f"hidden_size ({fields['hidden_size']}, not a multiple of {fields['num_attention_heads']} heads)")
+    if family.model_type == "qwen2_moe" and fields["shared_expert_intermediate_size"] is None:
+        obstacles.append("shared_expert_intermediate_size (None)")
     if family.model_type == "olmoe" and fields["head_dim"] * fields["num_attention_heads"] != fields["hidden_size"]:
         obstacles.append(f"head_dim ({fields['head_dim']}, not hidden_size / num_attention_heads)")
     return obstacles

@@ -72,7 +72,13 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     ),
     "qwen2_moe": (
         Qwen2MoeConfig,
-        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, **RATIO_3},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            **RATIO_3,
+        },
     ),
     "qwen2_moe_window": (
         Qwen2MoeConfig,
@@ -111,7 +117,13 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     "olmoe": (OlmoeConfig, {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.6, **RATIO_3}),
     "olmoe_biases": (
         OlmoeConfig,
-        {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "attention_bias": True, "output_router_logits": True},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "output_router_logits": True,
+        },
     ),
 }
 """Name -> the family's configuration class and the fields that differ from `config_of`'s."""
