@@ -1,8 +1,9 @@
 """The model families that convert, as tables: what each one's configuration means for `DeepseekR1TextConfig`, and back.
 
-Every family here names its tensors alike (`model.layers.N.self_attn.q_proj.weight`, ...) apart from experts (`mixtures.py`), so a
-family is described by its configuration. A structural field of the target is either `fixed` by the family's code, whatever its configuration says
-(Qwen2 always has query, key and value biases), or `read` from an attribute of its configuration.
+Every family here names its tensors alike (`model.layers.N.self_attn.q_proj.weight`, ...), apart from those of experts
+(`mixtures.py`), so a family is described by its configuration. A structural field of the target is either `fixed` by the family's
+code, whatever its configuration says (Qwen2 always has query, key and value biases), or `read` from an attribute of its
+configuration.
 """
 
 import copy
