@@ -12,6 +12,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .parallel import EXPERTS_EP, tensor_parallel_plan
 from .presets import LAYER_LETTERS, expand_layer_pattern, preset_fields
 from .routing import ExpertRouting, complete_routing, validate_sparse_layer
 from .sparse import OWN_LAYER_TYPES, SparseAttention, complete_sparse_attention
@@ -21,16 +22,6 @@ LAYER_TYPES = tuple(LAYER_LETTERS.values())
 MLP_LAYER_TYPES = ("dense", "sparse")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
 SHARED_FIELDS += ("mlp_layer_types", "router_aux_loss_coef", "output_router_logits")
-EXPERTS_TP_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
-}
-EXPERTS_EP_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-    "layers.*.mlp.experts.down_proj": "grouped_gemm",
-    "layers.*.mlp.experts": "ep_dispatch_experts",
-}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "piecewise_linear")
 
 
@@ -58,13 +49,17 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         attention_bias (`bool`): biases of the query, key and value projections.
         attention_out_bias (`bool`, *optional*): bias of the output projection; default: as `attention_bias`.
         mlp_bias (`bool`): biases of the MLP's projections.
-        qk_norm (`"head"`, *optional*):
-            RMS norm of queries and keys before rotation, over each head (Qwen3).
+        qk_norm (`"head"` or `"projection"`, *optional*):
+            RMS norm of queries and keys before rotation, over each head (Qwen3) or over all heads together (OLMoE).
+        clip_qkv (`float`, *optional*):
+            Queries and keys, after that norm, and values are clipped to `[-clip_qkv, clip_qkv]` (OLMoE).
         num_experts (`int`, *optional*):
             Experts of a sparse layer, over all domains; None or 0 = no mixture of experts. Derived from
             `routing["expert_topology"]` where that is given.
         num_experts_per_tok (`int`): experts that a token gets, at most.
         moe_intermediate_size (`int`, *optional*): width of one expert; default: `intermediate_size`.
+        shared_expert_intermediate_size (`int`, *optional*):
+            Width of an expert that every token gets besides, under a sigmoid gate of its own (Qwen2-MoE); None = there is none.
         norm_topk_prob (`bool`): whether the weights of a token's experts are made to sum to one.
         router_aux_loss_coef (`float`):
             Weight of the routers' auxiliary loss. It is part of the training loss of every model with experts; 0 = never.
@@ -94,17 +89,6 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     model_type = "deepseek_r1_text"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
-    _dense_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "layout"], ["hidden_states"]),
@@ -136,10 +120,12 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     attention_out_bias: bool | None = None
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
-    qk_norm: Literal["head"] | None = None
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | int | None = None
     num_experts: int | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
     norm_topk_prob: bool = True
     router_aux_loss_coef: float | int = 0.1
     output_router_logits: bool = False
@@ -233,8 +219,9 @@ class DeepseekR1TextConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallelism, as in Qwen3-MoE."""
-        return self._dense_tp_plan | (EXPERTS_TP_PLAN if self._has_packed_experts else {})
+        """Tensor parallelism, as in Qwen3-MoE or OLMoE."""
+        whole = any(layer.qk_norm == "projection" for layer in self.per_layer_config)
+        return tensor_parallel_plan(packed_experts=self._has_packed_experts, norm_over_projection=whole)
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
@@ -244,7 +231,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """Expert parallelism, as in Qwen3-MoE."""
-        return dict(EXPERTS_EP_PLAN) if self._has_packed_experts else {}
+        return dict(EXPERTS_EP) if self._has_packed_experts else {}
 
     @property
     def _has_packed_experts(self) -> bool:
@@ -355,6 +342,13 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             raise ValueError(f"layer {layer_idx}: intermediate_size={layer.intermediate_size} must be at least 1")
         if not 0.0 <= layer.attention_dropout < 1.0:
             raise ValueError(f"layer {layer_idx}: attention_dropout={layer.attention_dropout} must lie in [0, 1)")
+        if layer.clip_qkv is not None and layer.clip_qkv <= 0:
+            raise ValueError(f"layer {layer_idx}: clip_qkv={layer.clip_qkv} must be positive; None = no clipping")
+        if layer.shared_expert_intermediate_size is not None and not self.num_experts:
+            raise ValueError(
+                f"shared_expert_intermediate_size={layer.shared_expert_intermediate_size} has no effect without experts; give"
+                " num_experts too"
+            )
         layer_type = self.layer_types[layer_idx]
         if layer_type in OWN_LAYER_TYPES and layer.sparse_attention is None:
             field = OWN_LAYER_TYPES[layer_type]

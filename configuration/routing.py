@@ -33,6 +33,8 @@ class ExpertRouting:
         min_experts_per_tok: so many experts are always active; None = `num_experts_per_tok`.
         expert_activation_threshold: a further expert, up to `num_experts_per_tok`, is active while its probability is at
             least this; each layer keeps it as a buffer, which training may move.
+        bias_balancing: each layer keeps a bias per expert as a buffer, which training may move against an uneven load
+            (https://arxiv.org/abs/2408.15664). It changes which experts a token gets, never their weights.
         target_experts_per_tok: mean number of active experts towards which training moves the thresholds.
         expert_rank: None = experts with matrices of their own; r = one shared MLP and a delta of rank r per expert.
         domain_weights: domain -> weight of each of its experts in the balance loss's target distribution; default 1.
@@ -48,6 +50,7 @@ class ExpertRouting:
     min_experts_per_tok: int | None = None
     expert_activation_threshold: float | int = 0.0
     target_experts_per_tok: float | int | None = None
+    bias_balancing: bool = False
     expert_rank: int | None = None
     domain_weights: dict | None = None
     router_z_loss_ratio: float | int = 0.0
@@ -140,6 +143,9 @@ def validate_sparse_layer(where: str, layer, routing: ExpertRouting) -> None:
         )
     if layer.moe_intermediate_size < 1:
         raise ValueError(f"{where}moe_intermediate_size={layer.moe_intermediate_size} must be at least 1")
+    shared = layer.shared_expert_intermediate_size
+    if shared is not None and shared < 1:
+        raise ValueError(f"{where}shared_expert_intermediate_size={shared} must be at least 1; None = no shared expert")
     if routing.expert_rank is None and layer.mlp_bias:
         raise ValueError(f"{where}mlp_bias=True, but experts have no biases; low-rank experts (routing['expert_rank']) may")
     if routing.expert_rank is not None and not layer.norm_topk_prob:

@@ -30,6 +30,13 @@ EXTREMES = {
         },
     },
     "several_end_tokens": {"eos_token_id": [2, 3], "tie_word_embeddings": True, "qk_norm": "head", "hidden_act": "relu6"},
+    "shared_expert": {
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 8,
+        "qk_norm": "projection",
+        "clip_qkv": 8,
+        "routing": {"bias_balancing": True},
+    },
 }
 
 
@@ -158,6 +165,10 @@ WRONG = {
     "mlp types": ({"num_experts": 4, "mlp_layer_types": ["sparse"]}, "mlp_layer_types has 1 entries.*num_hidden_layers=3"),
     "expert biases": ({"num_experts": 4, "mlp_bias": True}, "layer 0: mlp_bias=True, but experts have no biases"),
     "expert width": ({"num_experts": 4, "moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
+    "shared expert": ({"num_experts": 4, "shared_expert_intermediate_size": 0}, "layer 0: shared_expert_intermediate_size=0"),
+    "shared alone": ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 has no effect without experts"),
+    "clipping": ({"per_layer_config": {1: {"clip_qkv": 0}}}, "layer 1: clip_qkv=0 must be positive"),
+    "norm kind": ({"qk_norm": "layer"}, "qk_norm.*projection"),
     "aux coefficient": ({"num_experts": 4, "router_aux_loss_coef": -1}, "router_aux_loss_coef=-1 must be 0 or more"),
     "routing name": ({"routing": {"experts": 4}}, r"routing=.*keys among \[.*'expert_topology'"),
     "routing name in a layer": ({"num_experts": 4, "per_layer_config": {1: {"routing": {"x": 4}}}}, "layer 1: routing"),

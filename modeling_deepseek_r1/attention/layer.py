@@ -73,8 +73,10 @@ class DeepseekR1Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, layer.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, layer.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(layer.num_attention_heads * self.head_dim, hidden, bias=layer.attention_out_bias)
-        self.q_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
-        self.k_norm = DeepseekR1RMSNorm(self.head_dim, layer.rms_norm_eps) if layer.qk_norm == "head" else None
+        self.qk_norm, self.clip_qkv = layer.qk_norm, layer.clip_qkv
+        sizes = [self.head_dim] * 2 if self.qk_norm == "head" else [self.q_proj.out_features, self.k_proj.out_features]
+        self.q_norm = DeepseekR1RMSNorm(sizes[0], layer.rms_norm_eps) if self.qk_norm is not None else None
+        self.k_norm = DeepseekR1RMSNorm(sizes[1], layer.rms_norm_eps) if self.qk_norm is not None else None
         self.router = self.global_tokens = None
         sparse = config.sparse_attention_of(layer_idx)
         sizes = hidden, layer.num_attention_heads, layer.num_key_value_heads, self.head_dim
@@ -110,11 +112,15 @@ class DeepseekR1Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing | Nodes | None]:
         """Rotated queries `[B, H, n, D]` and keys `[B, G, n, D]`, values, and what a routed or global layer knows besides."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if self.q_norm is not None:
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.qk_norm == "projection":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        query, key, value = query.view(shape), key.view(shape), value.view(shape)
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (states.clamp(-self.clip_qkv, self.clip_qkv) for states in (query, key, value))
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         routing = self.router(hidden_states, query, key) if self.router is not None else None
         if self.global_tokens is not None:
             routing = self.global_tokens(hidden_states)

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pattern-change",
         action="store_true",
-        help="with --to-dense: drop a pattern that no dense family has (same weights, another function)",
+        help="with --to-dense: drop a pattern that no family has (same weights, another function)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

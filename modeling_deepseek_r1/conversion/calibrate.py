@@ -126,8 +126,9 @@ def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: t
         attention = model.model.layers[layer_idx].self_attn
         source: nn.Module = attention.k_norm if attention.k_norm is not None else attention.k_proj
 
-        def keep(module, args, output, layer_idx=layer_idx, size=attention.head_dim):
+        def keep(module, args, output, layer_idx=layer_idx, size=attention.head_dim, clip=attention.clip_qkv):
             keys = output.reshape(-1, output.shape[-1] // size if output.dim() == 3 else output.shape[-2], size)
+            keys = keys if clip is None else keys.clamp(-clip, clip)
             collected[layer_idx].append(keys.transpose(0, 1).to(torch.bfloat16))
 
         hooks.append(source.register_forward_hook(keep))

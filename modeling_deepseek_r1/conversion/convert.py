@@ -71,7 +71,8 @@ def convert_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ConversionReport:
-    """Converts a Llama, Mistral, Qwen2, Qwen3 or SmolLM3 checkpoint, or changes the attention pattern of a converted one.
+    """Converts a Llama, Mistral, Qwen2, Qwen3, SmolLM3, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE checkpoint, or changes the attention
+    pattern of a converted one.
 
     Without a pattern argument the source's own pattern is kept and the result is the same function. `preset`, `layer_types`,
     `sliding_window` and `num_sink_tokens` ask for a sparse pattern; explicit arguments win over the preset. `num_experts` or

@@ -1,8 +1,9 @@
 """The model families that convert, as tables: what each one's configuration means for `DeepseekR1TextConfig`, and back.
 
-Every family here names its tensors alike (`model.layers.N.self_attn.q_proj.weight`, ...), so a family is described by its
-configuration alone. A structural field of the target is either `fixed` by the family's code, whatever its configuration says
-(Qwen2 always has query, key and value biases), or `read` from an attribute of its configuration.
+Every family here names its tensors alike (`model.layers.N.self_attn.q_proj.weight`, ...), apart from those of experts
+(`mixtures.py`), so a family is described by its configuration. A structural field of the target is either `fixed` by the family's
+code, whatever its configuration says (Qwen2 always has query, key and value biases), or `read` from an attribute of its
+configuration.
 """
 
 import copy
@@ -38,9 +39,31 @@ SHARED_FIELDS = (
 )
 """Fields with the same name and meaning in every family and in the target."""
 
+EXPERT_FIELDS = ("num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+"""Likewise, in families with experts. The auxiliary loss itself counts shares of slots, theirs slots per token, which is
+`num_experts_per_tok` times as much."""
+
 NO_BIASES = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
-READ_BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-ALWAYS_ROTARY = {"no_rope_layers": None}
+ATTENTION_BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
+READ_BIASES = {**ATTENTION_BIASES, "mlp_bias": "mlp_bias"}
+PLAIN_ATTENTION = {"no_rope_layers": None, "qk_norm": None, "clip_qkv": None}
+NO_SHARED_EXPERT = {"shared_expert_intermediate_size": None}
+EXPERTS = {name: name for name in ("num_experts", "moe_intermediate_size", "norm_topk_prob")}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a family.
+
+    Attributes:
+        block: name of a sparse MLP among the layer's tensors.
+        projections: names of an expert's gate, up and down projection.
+        some_dense: whether `decoder_sparse_step` and `mlp_only_layers` of its configuration make layers dense.
+    """
+
+    block: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    some_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,7 @@ class Family:
         has_head_dim: whether `head_dim` is a field of its configuration (elsewhere it is an extra attribute that the
             modeling code honours, written only where it differs from `hidden_size / num_attention_heads`).
         permuted_in_gguf: whether GGUF files store its query and key rows in the interleaved order.
+        mixture: its experts, or None for a dense family.
     """
 
     model_type: str
@@ -65,6 +89,7 @@ class Family:
     window: Literal["none", "uniform", "per_layer"]
     has_head_dim: bool = True
     permuted_in_gguf: bool = False
+    mixture: Mixture | None = None
 
 
 FAMILIES = {
@@ -73,7 +98,7 @@ FAMILIES = {
         Family(
             "llama",
             "LlamaForCausalLM",
-            fixed={"qk_norm": None, **ALWAYS_ROTARY},
+            fixed=PLAIN_ATTENTION,
             read=READ_BIASES,
             window="none",
             permuted_in_gguf=True,
@@ -81,7 +106,7 @@ FAMILIES = {
         Family(
             "mistral",
             "MistralForCausalLM",
-            fixed={**NO_BIASES, "qk_norm": None, **ALWAYS_ROTARY},
+            fixed={**NO_BIASES, **PLAIN_ATTENTION},
             read={},
             window="uniform",
             permuted_in_gguf=True,
@@ -89,7 +114,7 @@ FAMILIES = {
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
-            fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "qk_norm": None, **ALWAYS_ROTARY},
+            fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, **PLAIN_ATTENTION},
             read={},
             window="per_layer",
             has_head_dim=False,
@@ -97,29 +122,73 @@ FAMILIES = {
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
-            fixed={"mlp_bias": False, "qk_norm": "head", **ALWAYS_ROTARY},
-            read={"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"},
+            fixed={"mlp_bias": False, **PLAIN_ATTENTION, "qk_norm": "head"},
+            read=ATTENTION_BIASES,
             window="per_layer",
         ),
         Family(
             "smollm3",
             "SmolLM3ForCausalLM",
-            fixed={"qk_norm": None},
+            fixed={"qk_norm": None, "clip_qkv": None},
             read={**READ_BIASES, "no_rope_layers": "no_rope_layers"},
             window="per_layer",
             has_head_dim=False,
             permuted_in_gguf=True,
         ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            fixed={**NO_BIASES, **PLAIN_ATTENTION, **NO_SHARED_EXPERT, "norm_topk_prob": True},
+            read={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+            window="uniform",
+            has_head_dim=False,
+            mixture=Mixture("block_sparse_moe", ("w1", "w3", "w2")),
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            fixed={"attention_out_bias": False, "mlp_bias": False, **PLAIN_ATTENTION},
+            read={
+                **EXPERTS,
+                "attention_bias": "qkv_bias",
+                "shared_expert_intermediate_size": "shared_expert_intermediate_size",
+            },
+            window="per_layer",
+            has_head_dim=False,
+            mixture=Mixture(some_dense=True),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            fixed={"mlp_bias": False, **PLAIN_ATTENTION, **NO_SHARED_EXPERT, "qk_norm": "head"},
+            read={**EXPERTS, **ATTENTION_BIASES},
+            window="uniform",
+            has_head_dim=False,
+            mixture=Mixture(some_dense=True),
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            fixed={"mlp_bias": False, **NO_SHARED_EXPERT, "no_rope_layers": None, "qk_norm": "projection"},
+            read={**EXPERTS, **ATTENTION_BIASES, "moe_intermediate_size": "intermediate_size", "clip_qkv": "clip_qkv"},
+            window="none",
+            has_head_dim=False,
+            mixture=Mixture(),
+        ),
     )
 }
 """Supported families by model type; `to_dense` tries them in this order after the one a checkpoint came from."""
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
 
 
 def target_fields(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of `DeepseekR1TextConfig` that make it the same function as a model of `family` with `config`."""
+    """The fields of `DeepseekR1TextConfig` that make it the same function as a model of `family` with `config`.
+
+    Raises:
+        ValueError: a variant of the family that this library does not compute.
+    """
+    _check_variant(family, config)
     layers = config.num_hidden_layers
     fields = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
     fields |= family.fixed | {name: getattr(config, attribute) for name, attribute in family.read.items()}
@@ -128,7 +197,9 @@ def target_fields(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
         fields["no_rope_layers"] = list(fields["no_rope_layers"])[:layers]
     if fields["pad_token_id"] is not None and fields["pad_token_id"] < 0:
         fields["pad_token_id"] = None
-    window = getattr(config, "sliding_window", None) if family.window != "none" else None
+    fields |= _expert_fields(family, config)
+    # Without windows Qwen2-MoE says 0.
+    window = (getattr(config, "sliding_window", None) or None) if family.window != "none" else None
     fields["sliding_window"] = window
     if family.window == "per_layer":
         fields["layer_types"] = list(config.layer_types)
@@ -139,6 +210,32 @@ def target_fields(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
         # The families' own default rotary code rotates the whole head, whatever this says.
         fields["rope_parameters"].pop("partial_rotary_factor", None)
     return fields
+
+
+def _check_variant(family: Family, config: PreTrainedConfig) -> None:
+    if getattr(config, "router_jitter_noise", 0.0):
+        raise ValueError(
+            f"router_jitter_noise={config.router_jitter_noise} of a {family.model_type} checkpoint is not supported: it acts in"
+            " training alone; set it to 0.0 in config.json to convert without it"
+        )
+    if family.mixture is not None and family.mixture.some_dense and config.decoder_sparse_step < 1:
+        raise ValueError(
+            f"decoder_sparse_step={config.decoder_sparse_step} of a {family.model_type} checkpoint must be at least 1 (every layer)"
+        )
+
+
+def _expert_fields(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
+    """What the target says of experts; nothing for a dense model."""
+    if family.mixture is None:
+        return {}
+    sparse = [True] * config.num_hidden_layers
+    if family.mixture.some_dense:
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        sparse = [config.num_experts > 0 and n not in dense and (n + 1) % step == 0 for n in range(len(sparse))]
+    if not any(sparse):
+        return {"num_experts": None, "moe_intermediate_size": None, "shared_expert_intermediate_size": None}
+    fields = {name: getattr(config, name) for name in EXPERT_FIELDS}
+    return fields | {"mlp_layer_types": ["sparse" if is_sparse else "dense" for is_sparse in sparse]}
 
 
 def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
@@ -158,6 +255,7 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
         obstacles.append(f"sparse_attention (num_sink_tokens={fields['sparse_attention']['num_sink_tokens']})")
     if any(sliding) and (family.window == "none" or (family.window == "uniform" and not all(sliding))):
         obstacles.append(f"layer_types ({sum(sliding)} of {len(sliding)} layers have a sliding window)")
+    obstacles += _expert_obstacles(family, fields)
     for name, value in family.fixed.items():
         actual = fields[name]
         if name == "no_rope_layers":
@@ -170,11 +268,31 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
             obstacles.append(" and ".join(f"{name} ({fields[name]!r})" for name in names))
     if family.model_type == "llama" and fields["hidden_size"] % fields["num_attention_heads"]:
         obstacles.append(f"hidden_size ({fields['hidden_size']}, not a multiple of {fields['num_attention_heads']} heads)")
+    if family.model_type == "qwen2_moe" and fields["shared_expert_intermediate_size"] is None:
+        obstacles.append("shared_expert_intermediate_size (None)")
+    if family.model_type == "olmoe" and fields["head_dim"] * fields["num_attention_heads"] != fields["hidden_size"]:
+        obstacles.append(f"head_dim ({fields['head_dim']}, not hidden_size / num_attention_heads)")
     return obstacles
 
 
+def _expert_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
+    kinds, routing = fields["mlp_layer_types"] or [], fields["routing"] or {}
+    sparse, layers = kinds.count("sparse"), fields["num_hidden_layers"]
+    where = f"mlp_layer_types (experts in {sparse} of {layers} layers)"
+    if family.mixture is None or not sparse:
+        return [where] if (family.mixture is None) == (sparse > 0) else []
+    obstacles = [where] if sparse < layers and not family.mixture.some_dense else []
+    given = {name: routing.get(name) for name in ("expert_rank", "bias_balancing")}
+    given["router_scoring"] = routing.get("router_scoring") if routing.get("router_scoring") != "linear" else None
+    least = routing.get("min_experts_per_tok")
+    given["min_experts_per_tok"] = least if least != fields["num_experts_per_tok"] else None
+    domains = {domain for stage in routing.get("expert_topology") or () if len(stage) > 1 for domain in stage}
+    given["expert_topology"] = f"domains {', '.join(sorted(domains))}" if domains else None
+    return obstacles + [f"routing ({name}={value})" for name, value in given.items() if value]
+
+
 def source_fields(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
-    """The configuration fields of a dense `family` model that equals a target configuration (as `to_dict()`)."""
+    """The configuration fields of a `family` model that equals a target configuration (as `to_dict()`)."""
     dense = {name: copy.deepcopy(fields[name]) for name in SHARED_FIELDS}
     dense |= {attribute: copy.deepcopy(fields[name]) for name, attribute in family.read.items()}
     if family.has_head_dim or fields["head_dim"] * fields["num_attention_heads"] != fields["hidden_size"]:
@@ -185,6 +303,12 @@ def source_fields(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
     if family.window == "per_layer":
         dense["layer_types"] = list(fields["layer_types"])
         dense["use_sliding_window"] = any(sliding)
-        if family.model_type != "smollm3":
+        if family.model_type not in ("smollm3", "qwen2_moe"):
             dense["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
+    if family.model_type == "qwen3_moe":
+        dense["use_sliding_window"] = any(sliding)
+    if family.mixture is not None:
+        dense |= {name: fields[name] for name in EXPERT_FIELDS}
+    if family.mixture is not None and family.mixture.some_dense:
+        dense["mlp_only_layers"] = [layer for layer, kind in enumerate(fields["mlp_layer_types"]) if kind == "dense"]
     return dense

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .families import FAMILIES, MIXTURES, Family
+from .families import FAMILIES, Family
 from .write import TensorInfo
 
 try:
@@ -103,7 +103,7 @@ class GGUFSource:
         if model_type == "llama" and self._value("attention.sliding_window"):
             model_type = "mistral"
         config = {"model_type": model_type}
-        if model_type not in FAMILIES or model_type in MIXTURES:
+        if model_type not in FAMILIES or FAMILIES[model_type].mixture is not None:
             return config
         embedding = self._stored.get("model.embed_tokens.weight")
         if embedding is None:

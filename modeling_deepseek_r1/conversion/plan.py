@@ -66,11 +66,15 @@ def expected_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]
         )
         if config.is_sparse(layer_idx):
             tensors |= _router_tensors(config, layer_idx) | _expert_tensors(config, layer_idx)
+            if layer.shared_expert_intermediate_size is not None:
+                tensors |= _mlp_tensors("mlp.shared_expert", hidden, layer.shared_expert_intermediate_size, layer.mlp_bias)
+                tensors["mlp.shared_expert_gate.weight"] = (1, hidden)
         else:
             tensors |= _mlp_tensors("mlp", hidden, layer.intermediate_size, layer.mlp_bias)
         norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-        if layer.qk_norm == "head":
-            norms |= {"self_attn.q_norm": layer.head_dim, "self_attn.k_norm": layer.head_dim}
+        if layer.qk_norm is not None:
+            sizes = (layer.head_dim, layer.head_dim) if layer.qk_norm == "head" else (queries, keys)
+            norms |= {"self_attn.q_norm": sizes[0], "self_attn.k_norm": sizes[1]}
         tensors |= {f"{name}.weight": (size,) for name, size in norms.items()}
         shapes |= {f"model.layers.{layer_idx}.{name}": shape for name, shape in tensors.items()}
     shapes["model.norm.weight"] = (config.hidden_size,)
@@ -111,6 +115,8 @@ def _router_tensors(config: DeepseekR1TextConfig, layer_idx: int) -> dict[str, t
         shapes |= {f"{prefix}.domain_gate.weight": (domains, hidden), f"{prefix}.domain_gate.bias": (domains,)}
         if routing.num_modalities:
             shapes[f"{prefix}.domain_gate.modality_bias"] = (routing.num_modalities, domains)
+    if routing.bias_balancing:
+        shapes[f"{prefix}.balance_bias"] = (experts,)
     minimum = routing.min_experts_per_tok
     if minimum is not None and minimum < layer.num_experts_per_tok:
         shapes[f"{prefix}.threshold"] = ()

@@ -179,6 +179,7 @@ def describe_experts(config: DeepseekR1TextConfig) -> str | None:
             domains, rank = config.expert_domains(layer_idx), config.routing_of(layer_idx).expert_rank
             details = [", ".join(f"{domain} {count}" for domain, count in domains.items())] if len(domains) > 1 else []
             details += [f"rank {rank}"] if rank is not None else []
+            details += ["and a shared one"] if config.per_layer_config[layer_idx].shared_expert_intermediate_size else []
             names.append(f"{sum(domains.values())} experts" + (f" ({'; '.join(details)})" if details else ""))
     counts = Counter(names).items()
     return ", ".join(f"{count} layer{'s' if count > 1 else ''} x {name}" for name, count in counts) or None

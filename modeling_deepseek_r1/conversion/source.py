@@ -83,7 +83,7 @@ def open_source(
         path = _download(str(source), gguf_file, revision, token)
     if gguf_file is None and not any(path.glob("*.safetensors*")):
         gguf_file = _only_gguf(path)
-    return _open_gguf(path / gguf_file) if gguf_file else FolderSource(path)
+    return _open_gguf(path / gguf_file) if gguf_file else _open_folder(path)
 
 
 class FolderSource:
@@ -135,6 +135,9 @@ class FolderSource:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
+        return self._stored_tensors()
+
+    def _stored_tensors(self) -> dict[str, TensorInfo]:
         headers = {path: _safetensors_header(path) for path in set(self._files.values())}
         infos, foreign = {}, []
         for name, path in self._files.items():
@@ -203,6 +206,13 @@ def _only_gguf(path: Path) -> str | None:
     if len(files) > 1:
         raise ValueError(f"{path} holds several GGUF files; choose one with gguf_file: {', '.join(files)}")
     return files[0] if files else None
+
+
+def _open_folder(path: Path) -> Source:
+    from .mixtures import open_mixture  # a kind of FolderSource
+
+    origin = FolderSource(path)
+    return open_mixture(origin) or origin
 
 
 def _open_gguf(path: Path) -> Source:

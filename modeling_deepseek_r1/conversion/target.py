@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig, SparseAttention
 from ..configuration.presets import preset_fields
-from .families import FAMILIES, LATENT_ATTENTION, MIXTURES, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
-from .source import Source
+from .families import FAMILIES, LATENT_ATTENTION, TARGET_ARCHITECTURE, TARGET_MODEL_TYPE, target_fields
+from .source import FolderSource, Source
 
 AUTO = "auto"
 """Instead of a pattern: let `recommend.py` find one."""
@@ -36,8 +36,11 @@ def read_source_config(origin: Source) -> PreTrainedConfig:
             f"model_type {model_type!r}: this library is not DeepSeek's own 671B model with latent attention; convert a"
             " DeepSeek-R1-Distill-Qwen or DeepSeek-R1-Distill-Llama checkpoint instead"
         )
-    if model_type in MIXTURES:
-        raise ValueError(f"model_type {model_type!r}: mixture-of-experts checkpoints are not supported in this version")
+    if model_type in FAMILIES and FAMILIES[model_type].mixture is not None and not isinstance(origin, FolderSource):
+        raise ValueError(
+            f"model_type {model_type!r}: mixture-of-experts checkpoints in GGUF files are not supported; convert the original"
+            " folder of safetensors files"
+        )
     if model_type != TARGET_MODEL_TYPE and model_type not in FAMILIES:
         supported = ", ".join([*FAMILIES, TARGET_MODEL_TYPE])
         raise ValueError(f"model_type {model_type!r} of {origin.path} is not supported; supported: {supported}")

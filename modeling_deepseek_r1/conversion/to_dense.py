@@ -8,11 +8,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .convert import as_dtype, build_report, weights_dtype, write_checkpoint
 from .families import FAMILIES, TARGET_MODEL_TYPE, Family, family_obstacles, source_fields
+from .mixtures import family_plan
 from .plan import plan_tensors
 from .report import ConversionReport
 from .source import open_source
 from .target import read_source_config
-from .upcycle import sparse_layers
 
 PATTERN_FIELDS = ("layer_types", "sliding_window", "sparse_attention")
 
@@ -29,7 +29,9 @@ def to_dense(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ConversionReport:
-    """Writes a `deepseek_r1_text` checkpoint in the layout of a dense family (Llama, Mistral, Qwen2, Qwen3, SmolLM3).
+    """Writes a `deepseek_r1_text` checkpoint in the layout of a family that other tools know: Llama, Mistral, Qwen2, Qwen3 or
+    SmolLM3; with experts Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE, with one tensor per expert and projection, as in their own
+    files. Routers stay float32.
 
     The family that the checkpoint came from is preferred; otherwise the first one that expresses the model exactly is taken.
 
@@ -49,7 +51,7 @@ def to_dense(
         A [`ConversionReport`].
 
     Raises:
-        ValueError: the source is of another model type or has experts, or no family expresses the model; the message names the fields.
+        ValueError: the source is of another model type, or no family expresses the model; the message names the fields.
         OSError: a missing source, an existing or unwritable destination, a full disk.
     """
     origin = open_source(folder, revision=revision, token=token)
@@ -58,14 +60,9 @@ def to_dense(
             f"{folder} has model_type {origin.config.get('model_type')!r}; to_dense takes {TARGET_MODEL_TYPE!r} checkpoints"
         )
     config = read_source_config(origin)
-    if sparse_layers(config):
-        raise ValueError(
-            f"{folder} has experts in {len(sparse_layers(config))} of {config.num_hidden_layers} layers; no dense family has them,"
-            " and to_dense does not merge experts into one MLP"
-        )
     config.dtype = weights_dtype(origin, config, dtype)
     family, dense = choose_family(config, allow_pattern_change)
-    plan = plan_tensors(origin, config, as_dtype(dtype))
+    plan = family_plan(plan_tensors(origin, config, as_dtype(dtype)), family)
     report = build_report(origin, config, dense, plan, (folder, destination), TARGET_MODEL_TYPE, family.model_type)
     if dense is not config:
         report.warnings.append(
@@ -97,7 +94,7 @@ def choose_family(config: DeepseekR1TextConfig, allow_pattern_change: bool) -> t
         not family_obstacles(family, _with_full_attention(config).to_dict()) for family in families
     )
     hint = ". allow_pattern_change=True writes the same weights with full attention in all layers" if pattern_only else ""
-    raise ValueError(f"no dense family expresses this model exactly; what stands in the way, by family: {reasons}{hint}")
+    raise ValueError(f"no family expresses this model exactly; what stands in the way, by family: {reasons}{hint}")
 
 
 def family_configuration(family: Family, config: DeepseekR1TextConfig) -> PreTrainedConfig:

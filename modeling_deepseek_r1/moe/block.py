@@ -1,10 +1,11 @@
-"""The sparse MLP of a decoder layer: a router and experts."""
+"""The sparse MLP of a decoder layer: a router and experts, and an expert that all tokens share where there is one."""
 
 import torch
 from torch import nn
 
 from .experts import DeepseekR1Experts, DeepseekR1LowRankExperts
 from .gates import AttentionScores, DeepseekR1ExpertRouter, DomainGate, LinearScores
+from .mlp import DeepseekR1MLP
 
 EXPERT_MODULES = (
     LinearScores, AttentionScores, DomainGate, DeepseekR1ExpertRouter, DeepseekR1Experts, DeepseekR1LowRankExperts,
@@ -14,6 +15,9 @@ EXPERT_MODULES = (
 
 class DeepseekR1SparseMoeBlock(nn.Module):
     """Mixture of experts in place of the MLP (https://arxiv.org/abs/1701.06538).
+
+    With a shared expert (https://arxiv.org/abs/2401.06066), under a gate as in Qwen2-MoE:
+    `output = experts(x) + sigmoid(shared_expert_gate(x)) * shared_expert(x)`.
 
     Args:
         config: the model's configuration; sizes are those of the layer.
@@ -25,6 +29,11 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         low_rank = config.routing_of(layer_idx).expert_rank is not None
         self.router = DeepseekR1ExpertRouter(config, layer_idx)
         self.experts = (DeepseekR1LowRankExperts if low_rank else DeepseekR1Experts)(config, layer_idx)
+        layer = config.per_layer_config[layer_idx]
+        self.shared_expert = self.shared_expert_gate = None
+        if layer.shared_expert_intermediate_size is not None:
+            self.shared_expert = DeepseekR1MLP(layer, layer.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(layer.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, modalities: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The output `[batch, n, H]` and the fields of `RouterOutput`, flat, so that checkpointing keeps their gradients.
@@ -36,4 +45,6 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         rows = hidden_states.flatten(0, -2)
         routed = self.router(rows, modalities.flatten() if modalities is not None else None)
         output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert_gate(rows).sigmoid() * self.shared_expert(rows)
         return output.view(hidden_states.shape), *routed

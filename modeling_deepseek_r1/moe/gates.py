@@ -18,8 +18,8 @@ from torch import nn
 from transformers import initialization as init
 
 from ..attention.float32 import Float32Module
-from .outputs import RouterOutput
-from .select import moved_threshold, select_experts
+from .outputs import RouterOutput, slot_counts
+from .select import moved_bias, moved_threshold, select_experts
 
 
 class LinearScores(Float32Module):
@@ -106,8 +106,9 @@ class DeepseekR1ExpertRouter(Float32Module):
     Attributes:
         domains: domain -> number of experts, in the order of the experts.
         threshold: float32 buffer, or None where all slots are always active.
+        balance_bias: float32 buffer `[E]` of bias balancing, or None.
         balance_target: share of the work that the balance loss wants each expert to have.
-        gathers_statistics: whether training counts active experts, for `move_threshold`.
+        gathers_statistics: whether training counts active experts, for `move_threshold` and `move_balance_bias`.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -133,12 +134,17 @@ class DeepseekR1ExpertRouter(Float32Module):
         self.initial_threshold = float(routing.expert_activation_threshold)
         threshold = torch.tensor(self.initial_threshold, dtype=torch.float32) if self.minimum < self.slots else None
         self.register_buffer("threshold", threshold)
+        bias = torch.zeros(layer.num_experts, dtype=torch.float32) if routing.bias_balancing else None
+        self.register_buffer("balance_bias", bias)
         self.statistics: torch.Tensor | None = None
+        self.load: torch.Tensor | None = None
         self.gathers_statistics = False
 
     def init_weights(self, std: float) -> None:
         if self.threshold is not None:
             init.constant_(self.threshold, self.initial_threshold)
+        if self.balance_bias is not None:
+            init.zeros_(self.balance_bias)
 
     def forward(self, hidden_states: torch.Tensor, modalities: torch.Tensor | None = None) -> RouterOutput:
         """For `hidden_states` `[T, H]` and, where there is a table for them, the number of each token's modality `[T]`."""
@@ -147,11 +153,13 @@ class DeepseekR1ExpertRouter(Float32Module):
             logits = self.scores(hidden_states)
             if self.domain_gate is not None:
                 logits = logits + self.domain_gate(hidden_states, modalities)
-            return RouterOutput(logits, *select_experts(logits, self.slots, self.minimum, self.threshold, self.normalise))
+            limits = self.slots, self.minimum, self.threshold, self.normalise, self.balance_bias
+            return RouterOutput(logits, *select_experts(logits, *limits))
 
     @torch.no_grad()
     def gather(self, routed: RouterOutput, real: torch.Tensor | None) -> None:
-        """Counts active experts and tokens `[2]`; called once per training forward, never by recomputation.
+        """Counts active experts and tokens `[2]`, and with bias balancing the slots of each expert `[E]`; called once per training
+        forward, never by recomputation.
 
         Args:
             real: `[T]` bool, false = padding; None = all are real.
@@ -160,6 +168,9 @@ class DeepseekR1ExpertRouter(Float32Module):
         active = active if real is None else active[real]
         counts = torch.stack((active.sum(), torch.tensor(active.numel(), device=active.device))).float()
         self.statistics = counts if self.statistics is None else self.statistics + counts
+        if self.balance_bias is not None:
+            load = slot_counts(routed, real)
+            self.load = load if self.load is None else self.load + load
 
     @torch.no_grad()
     def move_threshold(self, rate: float, reduce=None) -> None:
@@ -176,6 +187,23 @@ class DeepseekR1ExpertRouter(Float32Module):
         if self.threshold is not None and self.target_experts is not None and counts[1] > 0:
             lowest = 0.01 / len(self.balance_target)
             self.threshold.copy_(moved_threshold(self.threshold, counts[0] / counts[1], self.target_experts, rate, lowest))
+
+    @torch.no_grad()
+    def move_balance_bias(self, rate: float, reduce=None) -> None:
+        """Moves the balance bias towards `balance_target` by what was counted since the last call, and forgets that.
+
+        Args:
+            rate: by how much each expert's bias changes, as a probability.
+            reduce: adds a tensor up over all ranks, in place.
+        """
+        if self.load is None:
+            return
+        load, self.load = self.load, None
+        if reduce is not None:
+            reduce(load)
+        if load.sum() > 0:
+            target = torch.tensor(self.balance_target, device=load.device)
+            self.balance_bias.copy_(moved_bias(self.balance_bias, load / load.sum(), target, rate))
 
 
 def gather_statistics(

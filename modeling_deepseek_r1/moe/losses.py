@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .gates import DeepseekR1ExpertRouter
-from .outputs import DeepseekR1ModelOutputWithPast, RouterOutput
+from .outputs import DeepseekR1ModelOutputWithPast, RouterOutput, slot_counts
 
 
 class RouterLosses(NamedTuple):
@@ -122,15 +122,6 @@ def router_losses_reference(
         cost = len(slots) / len(chosen)
         rows.append((balance + router.z_loss_ratio * z + router.cost_ratio * cost, balance, z, cost))
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-
-
-def slot_counts(routed: RouterOutput, real: torch.Tensor | None) -> torch.Tensor:
-    """`[E]` float32: how many active slots of real tokens each expert has."""
-    active = (routed.top_k_weights.detach() != 0).float()
-    if real is not None:
-        active = active * real.to(active)[:, None]
-    counts = torch.zeros(routed.logits.shape[-1], device=active.device)
-    return counts.scatter_add_(0, routed.top_k_index.flatten(), active.flatten())
 
 
 def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:

@@ -6,13 +6,14 @@ from transformers.activations import ACT2FN
 
 
 class DeepseekR1MLP(nn.Module):
-    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer."""
+    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer; `inner` is another width than its."""
 
-    def __init__(self, config):
+    def __init__(self, config, inner: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        inner = config.intermediate_size if inner is None else inner
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.chunk_size = config.chunk_size_feed_forward
 

@@ -21,6 +21,15 @@ class RouterOutput(NamedTuple):
     top_k_index: torch.Tensor
 
 
+def slot_counts(routed: RouterOutput, real: torch.Tensor | None) -> torch.Tensor:
+    """`[E]` float32: how many active slots of real tokens each expert has."""
+    active = (routed.top_k_weights.detach() != 0).float()
+    if real is not None:
+        active = active * real.to(active)[:, None]
+    counts = torch.zeros(routed.logits.shape[-1], device=active.device)
+    return counts.scatter_add_(0, routed.top_k_index.flatten(), active.flatten())
+
+
 @dataclass
 class DeepseekR1ModelOutputWithPast(MoeModelOutputWithPast):
     """Adds what the routers chose, one `RouterOutput` per sparse layer, in training or where `router_logits` are asked for."""

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .arguments import DeepseekR1TrainingArguments
+from .balance import BiasUpdate, biased_routers
 from .centroids import CentroidUpdate, routers
 from .thresholds import ThresholdUpdate, adaptive_routers
 
@@ -23,8 +24,8 @@ STATE_FILE = "trainer_state.json"
 class DeepseekR1Trainer(Trainer):
     """transformers' Trainer, and besides:
 
-    - The centroids of routed layers follow the keys (`CentroidUpdate`), and thresholds of expert layers their target
-      (`ThresholdUpdate`).
+    - The centroids of routed layers follow the keys (`CentroidUpdate`), thresholds of expert layers their target
+      (`ThresholdUpdate`), and balance biases the load (`BiasUpdate`).
     - Every part of the loss is logged: `loss_parts` of the model's output, a dictionary whose entries add up to the loss, as sums
       over the micro-batches of a step; `utilisation`, a dictionary, and single numbers such as `aux_loss`, as means.
     - Label smoothing shifts the labels, divides by the items of the whole step, and keeps the auxiliary losses. It acts in
@@ -44,6 +45,8 @@ class DeepseekR1Trainer(Trainer):
             self._add_missing(CentroidUpdate(args.centroid_decay))
         if adaptive_routers(self.model):
             self._add_missing(ThresholdUpdate())
+        if biased_routers(self.model):
+            self._add_missing(BiasUpdate())
 
     def _add_missing(self, callback: TrainerCallback) -> None:
         if not any(isinstance(present, type(callback)) for present in self.callback_handler.callbacks):

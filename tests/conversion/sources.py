@@ -10,11 +10,15 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -61,8 +65,71 @@ VARIANTS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
             "mlp_bias": True,
         },
     ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "router_aux_loss_coef": 0.02, **RATIO_3}),
+    "mixtral_window": (
+        MixtralConfig,
+        {"num_local_experts": 3, "sliding_window": 6, "head_dim": 10, "tie_word_embeddings": True, **RATIO_7},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            **RATIO_3,
+        },
+    ),
+    "qwen2_moe_window": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 8,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "head_dim": 16, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe_window": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 52,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmoe": (OlmoeConfig, {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.6, **RATIO_3}),
+    "olmoe_biases": (
+        OlmoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "output_router_logits": True,
+        },
+    ),
 }
 """Name -> the family's configuration class and the fields that differ from `config_of`'s."""
+
+
+MIXTURES = [name for name in VARIANTS if name.startswith(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"))]
 
 
 def config_of(variant: str, **fields) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from modeling_deepseek_r1.conversion import convert_checkpoint, to_dense
 from modeling_deepseek_r1.conversion.families import FAMILIES
 from modeling_deepseek_r1.conversion.to_dense import choose_family
 
-from .sources import VARIANTS, assert_same_tensors, config_of, edit_config, input_ids, model_of, save
+from .sources import MIXTURES, VARIANTS, assert_same_tensors, config_of, edit_config, input_ids, model_of, save
 
 STRUCTURE = {
     "llama": {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": None, "head_dim": 8},
@@ -37,6 +37,35 @@ STRUCTURE = {
         "attention_out_bias": True,
         "mlp_bias": True,
     },
+    "mixtral": {
+        "num_experts": 4,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 40,
+        "mlp_layer_types": ["sparse"] * 3,
+        "router_aux_loss_coef": 0.02,
+        "shared_expert_intermediate_size": None,
+        "routing": None,
+    },
+    "mixtral_window": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 6, "head_dim": 10},
+    "qwen2_moe": {
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 20,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+    },
+    "qwen2_moe_window": {
+        "mlp_layer_types": ["dense", "sparse", "dense", "dense"],
+        "norm_topk_prob": True,
+        "attention_bias": False,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "full_attention"],
+    },
+    "qwen3_moe": {"qk_norm": "head", "mlp_layer_types": ["dense", "sparse", "sparse"], "head_dim": 16, "num_experts": 5},
+    "qwen3_moe_window": {"layer_types": ["sliding_attention"] * 3, "attention_out_bias": True, "num_experts_per_tok": 1},
+    "olmoe": {"qk_norm": "projection", "clip_qkv": 0.6, "moe_intermediate_size": 40, "norm_topk_prob": False},
+    "olmoe_biases": {"clip_qkv": None, "attention_bias": True, "attention_out_bias": True, "output_router_logits": True},
 }
 
 
@@ -47,7 +76,8 @@ def test_conversion_keeps_every_tensor_and_the_way_back_the_function(variant, tm
     report = convert_checkpoint(source, tmp_path / "converted")
     assert report.exact and report.tensors_cast == 0 and report.tensors_skipped == []
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert_same_tensors(tmp_path / "converted", source)
+    if variant not in MIXTURES:
+        assert_same_tensors(tmp_path / "converted", source)
 
     back = to_dense(tmp_path / "converted", tmp_path / "dense")
     assert back.exact and back.target_family == model.config.model_type
@@ -82,6 +112,7 @@ def test_the_way_back_gives_the_configuration_that_was_there(variant, tmp_path):
     source, dense = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("source", "dense"))
     # What only shortens the spelling of layer_types and no_rope_layers, or is another spelling of rope_type.
     ignored = {"max_window_layers", "no_rope_layer_interval", "no_rope_layers", "rope_parameters", "_name_or_path"}
+    ignored |= {"decoder_sparse_step", "mlp_only_layers"}
     assert {k: v for k, v in dense.items() if k not in ignored} == {k: v for k, v in source.items() if k not in ignored}
     assert (source["rope_parameters"] or {}).items() >= dense["rope_parameters"].items()
 
@@ -113,9 +144,7 @@ def test_partial_rotary_factor_is_ignored_as_the_default_rotary_code_does(tmp_pa
     [
         ("deepseek_v3", "671B model with latent attention; convert a DeepSeek-R1-Distill-Qwen or DeepSeek-R1-Distill-Llama"),
         ("deepseek_v2", "latent attention"),
-        ("mixtral", "'mixtral': mixture-of-experts checkpoints are not supported in this version"),
-        ("qwen3_moe", "mixture-of-experts"),
-        ("t5", "'t5' .* is not supported; supported: llama, mistral, qwen2, qwen3, smollm3, deepseek_r1_text"),
+        ("t5", "'t5' .* is not supported; supported: llama, mistral, qwen2, qwen3, smollm3, mixtral, .*, deepseek_r1_text"),
         ("llava", "is not supported; supported: llama"),
         (None, "model_type None .* is not supported; supported: llama"),
     ],

@@ -31,7 +31,7 @@ def test_logits_are_those_of_the_source(variant, tmp_path):
         torch.testing.assert_close(converted(ids).logits, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["llama_llama3", "qwen2_window", "mistral_window", "smollm3_window"])
+@pytest.mark.parametrize("variant", ["llama_llama3", "qwen2_window", "smollm3_window", "qwen2_moe_window", "olmoe"])
 def test_logits_with_left_padding_and_the_same_greedy_text(variant, tmp_path):
     source = model_of(variant)
     convert_checkpoint(save(source, tmp_path / "source"), tmp_path / "converted")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from modeling_deepseek_r1.moe.losses import router_losses, router_losses_reference, share_of_batch, slot_counts
+from modeling_deepseek_r1.moe.losses import router_losses, router_losses_reference, share_of_batch
+from modeling_deepseek_r1.moe.outputs import slot_counts
 from modeling_deepseek_r1.training import ThresholdUpdate, move_thresholds
 from tests.models import EXPERT_PATTERNS, random_ids, tiny_model
 

@@ -8,7 +8,7 @@ import torch
 
 from modeling_deepseek_r1.moe.gates import DeepseekR1ExpertRouter, attention_scores, attention_scores_reference
 from modeling_deepseek_r1.moe.metrics import ExpertUsage
-from modeling_deepseek_r1.moe.outputs import RouterOutput
+from modeling_deepseek_r1.moe.outputs import RouterOutput, slot_counts
 from modeling_deepseek_r1.moe.select import moved_threshold, select_experts, select_experts_reference
 from tests.models import randomise, tiny_config
 
@@ -36,14 +36,15 @@ def test_attention_scores_equal_the_definition(tokens, heads):
 
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("minimum, threshold", [(1, 0.0), (1, 0.2), (2, 0.15), (1, 1.0), (3, None)])
-def test_selection_equals_the_definition(minimum, threshold, normalise):
+@pytest.mark.parametrize("bias", [None, [0.3, -0.2, 0.0, 0.1, -0.4, 0.0]])
+def test_selection_equals_the_definition(minimum, threshold, normalise, bias):
     logits = torch.randn(17, 6, requires_grad=True)
     direction, results = torch.randn(17, 3), []
     for function, limit in (
         (select_experts, torch.tensor(threshold) if threshold is not None else None),
         (select_experts_reference, threshold),
     ):
-        weights, index = function(logits, 3, minimum, limit, normalise)
+        weights, index = function(logits, 3, minimum, limit, normalise, torch.tensor(bias) if bias else None)
         results.append((weights.detach(), index, torch.autograd.grad(weights, logits, direction)[0]))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -121,6 +122,24 @@ def test_the_controller_reaches_its_target():
     before = module.threshold.clone()
     module.move_threshold(0.2)
     assert torch.equal(module.threshold, before)
+
+
+def test_a_balance_bias_evens_out_the_load_and_leaves_the_weights_alone():
+    module = router(routing={"expert_topology": [{"a": 5}], "bias_balancing": True}, num_experts_per_tok=2)
+    x = torch.randn(600, 48) + 2.0  # what all tokens have in common makes some experts popular
+    before = slot_counts(module(x), None) / 1200
+    for _ in range(200):
+        module.gather(module(x), None)
+        module.move_balance_bias(0.003)
+    routed = module(x)
+    after = slot_counts(routed, None) / 1200
+    assert before.max() > 0.35 and before.min() < 0.05
+    assert after.max() < 0.22 and after.min() > 0.18
+    chosen = routed.logits.softmax(-1).gather(-1, routed.top_k_index)
+    torch.testing.assert_close(routed.top_k_weights, chosen / chosen.sum(-1, keepdim=True))
+    unchanged = module.balance_bias.clone()
+    module.move_balance_bias(0.003)
+    assert torch.equal(module.balance_bias, unchanged)
 
 
 def test_a_threshold_moves_towards_the_target_and_stays_a_probability():
