@@ -18,6 +18,9 @@ class DeepseekR1SparseMoeBlock(nn.Module):
     Args:
         config: the model's configuration; sizes are those of the layer.
         layer_idx: number of the layer.
+
+    Attributes:
+        expert_adapter: trained parts of some experts (`adapters.py`), or None.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -25,6 +28,7 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         low_rank = config.routing_of(layer_idx).expert_rank is not None
         self.router = DeepseekR1ExpertRouter(config, layer_idx)
         self.experts = (DeepseekR1LowRankExperts if low_rank else DeepseekR1Experts)(config, layer_idx)
+        self.register_module("expert_adapter", None)
 
     def forward(self, hidden_states: torch.Tensor, modalities: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The output `[batch, n, H]` and the fields of `RouterOutput`, flat, so that checkpointing keeps their gradients.
@@ -35,5 +39,8 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         """
         rows = hidden_states.flatten(0, -2)
         routed = self.router(rows, modalities.flatten() if modalities is not None else None)
-        output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        if self.expert_adapter is None:
+            output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        else:
+            output = self.expert_adapter(self.experts, rows, routed.top_k_index, routed.top_k_weights)
         return output.view(hidden_states.shape), *routed

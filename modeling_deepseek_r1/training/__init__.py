@@ -2,8 +2,19 @@
 
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
+from .expert_lora import (
+    attach_experts,
+    detach_experts,
+    export_peft,
+    import_peft,
+    load_experts,
+    merge_experts,
+    save_experts,
+    unmerge_experts,
+)
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
+from .select_experts import ExpertSelection, choose_experts, measure_relevance
 from .thresholds import ThresholdUpdate, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
@@ -12,14 +23,25 @@ __all__ = [
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
+    "ExpertSelection",
     "Recipe",
     "ThresholdUpdate",
     "TrainableReport",
     "TrainingReport",
     "add_adapters",
+    "attach_experts",
+    "choose_experts",
+    "detach_experts",
+    "export_peft",
     "freeze",
+    "import_peft",
     "last_checkpoint",
+    "load_experts",
+    "measure_relevance",
+    "merge_experts",
     "move_centroids",
     "move_thresholds",
+    "save_experts",
     "train_checkpoint",
+    "unmerge_experts",
 ]
