@@ -1,7 +1,9 @@
 """Training: callbacks for any Trainer, a Trainer that has them all, and whole runs from a recipe."""
 
+from .accumulation import AdaptiveAccumulation
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
+from .clipping import AdaptiveClipping
 from .expert_lora import (
     attach_experts,
     detach_experts,
@@ -12,6 +14,7 @@ from .expert_lora import (
     save_experts,
     unmerge_experts,
 )
+from .learning_rate import AdaptiveLearningRate
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
 from .select_experts import ExpertSelection, choose_experts, measure_relevance
@@ -20,6 +23,9 @@ from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
 __all__ = [
+    "AdaptiveAccumulation",
+    "AdaptiveClipping",
+    "AdaptiveLearningRate",
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",

@@ -50,6 +50,9 @@ class Recipe:
     schedule: str = _setting("cosine", "how the learning rate falls, by transformers' names")
     weight_decay: float = _setting(0.0, "of AdamW")
     label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary")
+    clipping: Literal["fixed", "adaptive"] = _setting(
+        "fixed", "gradients are cut at norm 1 (max_grad_norm), or where their norm is unusual for this run"
+    )
     seed: int = _setting(0, "of data order, splits, dropout and adapters")
 
     dtype: Literal["float32", "bfloat16"] = _setting("float32", "of the weights while training")

@@ -23,6 +23,7 @@ from ..conversion.write import atomic_folder, check_destination, clean_leftovers
 from ..evaluation.loading import DTYPES, load_tokenizer
 from .arguments import DeepseekR1TrainingArguments
 from .card import model_card
+from .clipping import AdaptiveClipping
 from .expert_lora import adapters_of, attach_experts, detach_experts, merge_experts, training_bytes
 from .prepare import TrainingData, prepare_data
 from .recipe import Recipe
@@ -105,6 +106,8 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     model, trained = _model(recipe, data, arguments)
     use_cache = model.config.use_cache
     trainer = _trainer(model, arguments, data, tokenizer)
+    if recipe.clipping == "adaptive":
+        trainer.add_callback(AdaptiveClipping())
     metrics = _fit(trainer, data, checkpoint)
     steps, history = trainer.state.global_step, trainer.state.log_history
     report = TrainingReport(
@@ -195,6 +198,7 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "save_steps": recipe.save_steps,
         "save_total_limit": recipe.keep,
         "report_to": recipe.report_to,
+        **({"max_grad_norm": 0.0} if recipe.clipping == "adaptive" else {}),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})
