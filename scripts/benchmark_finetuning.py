@@ -1,9 +1,9 @@
-"""Measures fine-tuning of chosen experts beside PEFT's adapters on all of them; writes results/expert_finetuning.json.
+"""Measures fine-tuning of chosen experts beside PEFT's adapters on all of them; writes results/expert_finetuning_*.json.
 
-Cost: one optimizer step, in turn in one process, of a mixture of experts with random weights, and of SmolLM2-135M whose MLPs
-were made experts. Quality: SmolLM2 learns Python code; held-out code shows what it has learned, English what it has forgotten.
-
-python scripts/benchmark_finetuning.py --threads 1
+python scripts/benchmark_finetuning.py cost       one optimizer step, in turn in one process: a mixture of experts with random
+                                                  weights, and SmolLM2-135M some of whose MLPs were made experts
+python scripts/benchmark_finetuning.py quality    SmolLM2 learns Python code: perplexity of held-out code, and of English, which
+                                                  it should not forget
 """
 
 import argparse
@@ -43,8 +43,9 @@ RANDOM = {
 }
 LEARNING_RATES = {"all": 1e-3, "chosen": 1e-3, "chosen_full": 1e-4}
 """Variant -> learning rate: `all` experts by PEFT, `chosen` ones at the same rank, and these themselves."""
+EXPERT_CONFIGS = {"random": {"text": 6, "code": 2}, "smollm2": {"code": 2}}
 HELD_OUT = 40000
-"""Tokens of the code that are trained on at most; what follows is held out, as is all of the English."""
+"""Tokens at the beginning of the code are trained on; what follows is held out, and so is the English."""
 
 
 def upcycled() -> Path:
@@ -106,67 +107,74 @@ def cost(load: Callable[[], nn.Module], expert_config: dict[str, int], ids: torc
     }
 
 
-def quality(variant: str, expert_config: dict[str, int], texts: dict[str, torch.Tensor], args) -> dict:
-    """Perplexity on held-out code and on English, before the training and after it."""
-    model = load_model(upcycled())
-    rows = texts["code"][: min(HELD_OUT, len(texts["code"]) // 2)].unfold(0, args.length, args.length)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).repeat(1 + args.steps * args.batch_size)
-    turns = iter(order.split(args.batch_size))
-    sample = [{"input_ids": rows[part]} for part in order[: len(rows)].split(args.batch_size)][:32]
-    tests = {"code": texts["code"][HELD_OUT:], "english": texts["english"]}
-
-    def measure() -> dict[str, float]:
-        windows = {"context_length": 1024, "num_windows": args.windows}
-        return {name: perplexity(model.eval(), ids, **windows).perplexity for name, ids in tests.items()}
-
-    before = measure()
-    trained = prepared(variant, model, expert_config, sample, args.rank)
-    step, _ = make_step(trained, lambda: rows[next(turns)], LEARNING_RATES[variant])
-    for _ in range(args.steps):
-        step()
-    model = trained
-    return {"before": before, "after": measure()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", type=int, default=16, help="of the low-rank deltas (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2, help="rows of a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="of the runs that show quality (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=8, help="of 1,024 tokens, to measure perplexity (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", default="results/expert_finetuning.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    tokenizer = load_tokenizer(upcycled())
-    texts = {name: encode_text(tokenizer, read_text([kind])) for name, kind in {"code": "code", "english": "prose"}.items()}
-    # Domain gates were fitted to the beginning of both texts.
-    texts["english"] = texts["english"][HELD_OUT:]
-    shape = args.batch_size, args.length
+def costs(args) -> dict:
+    """Of both models."""
 
     def random_model() -> nn.Module:
         torch.manual_seed(0)
         return DeepseekR1ForCausalLM(DeepseekR1TextConfig(**RANDOM))
 
-    random_ids = torch.randint(RANDOM["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
-    configs = {"random": {"text": 6, "code": 2}, "smollm2": {"code": 2}}
-    code = texts["code"][: args.batch_size * args.length].view(shape)
-    costs = {"random": cost(random_model, configs["random"], random_ids, args)}
-    costs["smollm2"] = cost(lambda: load_model(upcycled()), configs["smollm2"], code, args)
-    for name, variants in costs.items():
+    shape = args.batch_size, args.length
+    ids = torch.randint(RANDOM["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
+    code = token_ids("code")[: shape[0] * shape[1]].view(shape)
+    models = {
+        "random": cost(random_model, EXPERT_CONFIGS["random"], ids, args),
+        "smollm2": cost(lambda: load_model(upcycled()), EXPERT_CONFIGS["smollm2"], code, args),
+    }
+    for name, variants in models.items():
         for variant, cell in variants.items():
-            print(
-                f"{name} {variant}: {cell['seconds']['median']:.2f} s, {cell['seconds_ratio']['median']:.2f}x; {cell['bytes_ratio']:.2f}x"
-            )
-    runs = {}
-    for variant in LEARNING_RATES if args.steps else ():
-        runs[variant] = quality(variant, configs["smollm2"], texts, args)
-        print(f"{variant}: {runs[variant]}")
-    settings = {name: value for name, value in vars(args).items() if name != "output"} | {"expert_config": configs}
-    result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings, "cost": costs}
-    write_report({**result, "learning_rates": LEARNING_RATES, "quality": runs}, args.output)
+            ratios = f"{cell['seconds_ratio']['median']:.2f}x; bytes {cell['bytes_ratio']:.2f}x"
+            print(f"{name} {variant}: {cell['seconds']['median']:.2f} s, {ratios}")
+    return {"models": models}
+
+
+def token_ids(kind: str) -> torch.Tensor:
+    return encode_text(load_tokenizer(upcycled()), read_text([kind]))
+
+
+def quality(args) -> dict:
+    """Perplexity of held-out code and of English, before the training and after that of each variant."""
+    # Domain gates were fitted to the beginning of both texts.
+    tests = {"code": token_ids("code")[HELD_OUT:], "english": token_ids("prose")[HELD_OUT:]}
+    rows = token_ids("code")[:HELD_OUT].unfold(0, args.length, args.length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    sample = [{"input_ids": rows[part]} for part in order.split(args.batch_size)]
+    order = order.repeat(1 + args.steps * args.batch_size // len(rows))
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        windows = {"context_length": 1024, "num_windows": args.windows}
+        return {name: perplexity(model.eval(), ids, **windows).perplexity for name, ids in tests.items()}
+
+    results = {"before": measure(load_model(upcycled()))}
+    for variant in args.variants:
+        model = prepared(variant, load_model(upcycled()), EXPERT_CONFIGS["smollm2"], sample, args.rank)
+        turns = iter(order.split(args.batch_size))
+        step, _ = make_step(model, lambda rows=rows, turns=turns: rows[next(turns)], LEARNING_RATES[variant])
+        for _ in range(args.steps):
+            step()
+        results[variant] = measure(model)
+        print(f"{variant}: {results[variant]}, before: {results['before']}", flush=True)
+    return {"perplexity": results, "learning_rates": LEARNING_RATES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("cost", "quality"))
+    parser.add_argument("--rank", type=int, default=16, help="of the low-rank deltas (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of the runs that show quality (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=8, help="of 1,024 tokens, to measure perplexity (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=tuple(LEARNING_RATES), default=list(LEARNING_RATES))
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name not in ("what", "folder")}
+    result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings}
+    result |= {"expert_config": EXPERT_CONFIGS, **{"cost": costs, "quality": quality}[args.what](args)}
+    write_report(result, args.folder / f"expert_finetuning_{args.what}.json")
 
 
 if __name__ == "__main__":

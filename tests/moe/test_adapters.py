@@ -117,3 +117,19 @@ def test_half_precision_keeps_the_deltas_in_float32():
 def test_impossible_adapters(pattern, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_adapter(tiny_model(pattern).model.layers[0].mlp.experts, **arguments)
+
+
+@pytest.mark.parametrize(("pattern", "rank"), KINDS)
+def test_tokens_that_no_chosen_expert_gets(pattern, rank):
+    """One token, and several; nothing of them reaches what is trained."""
+    block = adapted(pattern, rank, chosen=(0,))
+    adapter, experts = block.expert_adapter, block.experts
+    for count in (1, 6):
+        rows = torch.randn(count, 48)
+        index, weights = torch.tensor([[1, 2]] * count), torch.tensor([[0.25, 0.75]] * count)
+        with torch.no_grad():
+            expected = experts(rows, index, weights)
+            torch.testing.assert_close(adapter(experts, rows, index, weights), expected)
+        output = adapter(experts, rows, index, weights)
+        grads = torch.autograd.grad(output.sum(), list(adapter.parameters()))
+        assert not any(grad.any() for grad in grads)

@@ -281,7 +281,7 @@ def test_the_command_writes_a_plain_checkpoint(rank, tmp_path, capsys):
         "--expert-config",
         "text=1,code=1",
     ]
-    arguments += ["--max-steps", 3, "--length", 32, "--accumulation", 1, "--learning-rate", 1e-2]
+    arguments += ["--clipping", "adaptive", "--max-steps", 3, "--length", 32, "--accumulation", 1, "--learning-rate", 1e-2]
     assert cli.main([*map(str, arguments), *(["--lora-rank", "2"] if rank else [])]) == 0
     printed = capsys.readouterr()
     assert "| 0 | code | 1 | 2 |" in printed.err and "gradients 0.0 MiB" in printed.err
