@@ -99,8 +99,8 @@ def unmerge_experts(model: nn.Module) -> None:
 
 
 def detach_experts(model: nn.Module) -> None:
-    """Takes the adapters off: what was merged stays, what was not is gone. Everything is trainable again; ValueError as in
-    `merge_experts`."""
+    """Takes the adapters off: what was merged stays, and so do trained routers; what was not merged is gone. Everything is
+    trainable again; ValueError as in `merge_experts`."""
     blocks = sparse_blocks(model)
     for layer, adapter in _required(model).items():
         blocks[layer].expert_adapter = None
@@ -117,7 +117,7 @@ def _required(model: nn.Module) -> dict[int, ExpertAdapter]:
 
 
 def save_experts(model: nn.Module, folder: str | Path) -> None:
-    """Writes the adapters alone, for `load_experts`; ValueError as in `merge_experts`."""
+    """Writes the adapters and what else is trained, for `load_experts`; ValueError as in `merge_experts`."""
     adapters, folder = _required(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapters.values()))
@@ -127,13 +127,21 @@ def save_experts(model: nn.Module, folder: str | Path) -> None:
         "alpha": getattr(first, "alpha", None),
         "chosen": {str(layer): adapter.chosen.tolist() for layer, adapter in adapters.items()},
     }
-    tensors = {
-        f"{layer}.{name}": parameter.detach().contiguous()
-        for layer, adapter in adapters.items()
-        for name, parameter in adapter.named_parameters()
-    }
-    save_file(tensors, folder / WEIGHTS_FILE)
+    trained = {name: parameter.detach().contiguous() for name, parameter in (_own(model) | _others(model)).items()}
+    save_file(trained, folder / WEIGHTS_FILE)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _own(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by layer and name."""
+    adapters = adapters_of(model).items()
+    return {f"{layer}.{name}": parameter for layer, adapter in adapters for name, parameter in adapter.named_parameters()}
+
+
+def _others(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained besides: routers, a classification head."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad and ".expert_adapter." not in name}
 
 
 def load_experts(model: nn.Module, folder: str | Path) -> TrainableReport:
@@ -159,11 +167,8 @@ def _load(
     tensors: dict[str, torch.Tensor],
 ) -> TrainableReport:
     _attach(model, chosen, rank, alpha)
-    own = {
-        f"{layer}.{name}": parameter
-        for layer, adapter in adapters_of(model).items()
-        for name, parameter in adapter.named_parameters()
-    }
+    named, own = dict(model.named_parameters()), _own(model)
+    own |= {name: named[name].requires_grad_(True) for name in tensors if name in named}
     shapes = [{name: tensor.shape for name, tensor in side.items()} for side in (own, tensors)]
     if shapes[0] != shapes[1]:
         detach_experts(model)
@@ -184,12 +189,14 @@ def export_peft(model: nn.Module, folder: str | Path) -> dict[str, int]:
         Bytes of the chosen experts' factors and of what was written.
 
     Raises:
-        ValueError: experts that were trained without a rank, or no adapter.
+        ValueError: experts that were trained without a rank, other things that are trained, or no adapter.
     """
     adapters, folder = _required(model), Path(folder)
     first = next(iter(adapters.values()))
     if not isinstance(first, ExpertLora):
         raise ValueError("PEFT's layout holds low-rank deltas, and these experts were trained as they are: merge them instead")
+    if _others(model):
+        raise ValueError(f"PEFT's layout of experts has no place for {next(iter(_others(model)))}, which is trained as well")
     tensors, targets = {}, []
     for layer, adapter in adapters.items():
         experts = sparse_blocks(model)[layer].experts

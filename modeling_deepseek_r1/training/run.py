@@ -271,7 +271,10 @@ def _attach_experts(
         sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in training_bytes(model).items())
         print(f"{selection.table()}\n\n{trained.summary()}; {sizes}", file=sys.stderr)
         content = json.dumps({"format_version": FORMAT_VERSION, **asdict(selection)}, indent=2)
-        Path(arguments.output_dir, EXPERTS_FILE).write_text(content + "\n", encoding="utf-8")
+        file = Path(arguments.output_dir, EXPERTS_FILE)
+        # A resumed run goes on with the experts that it had.
+        if not file.exists():
+            file.write_text(content + "\n", encoding="utf-8")
     return trained
 
 

@@ -148,6 +148,20 @@ def test_adapters_are_saved_loaded_and_merged(rank, tmp_path):
         save_experts(wider, tmp_path)
 
 
+def test_trained_routers_are_saved_with_the_adapters(tmp_path):
+    model, ids = domain_model(), random_ids(2, 16)
+    attach_experts(model, selected(model), rank=2, train_routers=True)
+    expected = moved(model)(ids).logits
+    save_experts(model, tmp_path)
+    with pytest.raises(ValueError, match=r"no place for model.layers.0.mlp.router.scores.weight, which is trained as well"):
+        export_peft(model, tmp_path)
+    other = domain_model()
+    load_experts(other, tmp_path)
+    assert torch.equal(other(ids).logits, expected)
+    names = [{name for name, value in one.named_parameters() if value.requires_grad} for one in (model, other)]
+    assert names[0] == names[1]
+
+
 def test_low_rank_experts_train_their_own_factors(tmp_path):
     model, ids = tiny_model("low_rank_experts"), random_ids(2, 16)
     selection = choose_experts(model, {"all": 2}, batches())
