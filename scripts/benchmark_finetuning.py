@@ -142,6 +142,7 @@ def quality(args) -> dict:
     order = order.repeat(1 + args.steps * args.batch_size // len(rows))
 
     def measure(model: nn.Module) -> dict[str, float]:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         windows = {"context_length": 1024, "num_windows": args.windows}
         return {name: perplexity(model.eval(), ids, **windows).perplexity for name, ids in tests.items()}
 
