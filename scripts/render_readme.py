@@ -18,6 +18,8 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
+    "expert_finetuning_cost": "benchmark_finetuning.py cost",
+    "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
@@ -104,7 +106,39 @@ def generation_table(result: dict, tokens: int = 1024) -> str:
     return "\n".join(lines) + f"\n\n{about}\n"
 
 
+TRAINED = {
+    "before": "nothing",
+    "all": "deltas of all experts (PEFT)",
+    "chosen": "deltas of chosen experts",
+    "chosen_full": "chosen experts, fully",
+}
+
+
+def finetuning_cost_table(result: dict) -> str:
+    """Rows: models and what is trained of them."""
+    lines = ["| model | trained | time of a step | | gradients + optimizer | |", "|---|---|--:|--:|--:|--:|"]
+    for model, variants in result["models"].items():
+        for name, cell in variants.items():
+            size = (cell["gradients"] + cell["optimizer"]) / 2**20
+            ratios = [f"{ratio:.2f}x" for ratio in (cell["seconds_ratio"]["median"], cell["bytes_ratio"])]
+            figures = [f"{cell['seconds']['median']:.2f} s", ratios[0], f"{size:.1f} MiB", ratios[1]]
+            lines.append("| " + " | ".join([model, TRAINED[name], *figures]) + " |")
+    settings = result["settings"]
+    return "\n".join(lines) + f"\n\nRank {settings['rank']}, steps of {settings['batch_size'] * settings['length']} tokens.\n"
+
+
+def finetuning_quality_table(result: dict) -> str:
+    """Rows: what was trained; columns: perplexity."""
+    lines = ["| trained | held-out code | English |", "|---|--:|--:|"]
+    for name, found in result["perplexity"].items():
+        lines.append(f"| {TRAINED[name]} | {found['code']:.2f} | {found['english']:.2f} |")
+    settings = result["settings"]
+    return "\n".join(lines) + f"\n\nPerplexity after {settings['steps']} steps on code at rank {settings['rank']}.\n"
+
+
 TABLES = {
+    "expert_finetuning_cost": finetuning_cost_table,
+    "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
     "smollm2_generation": generation_table,
     "smollm2_routing": routing_table,

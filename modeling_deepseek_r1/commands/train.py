@@ -42,7 +42,7 @@ def _add(group, name: str, hint, default, metadata) -> None:
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif kind is dict:
-        group.add_argument(option, nargs="+", type=_pair, help=text, **options)
+        group.add_argument(option, nargs="+", type=_pairs if metadata.get("comma") else _pair, help=text, **options)
     elif kind is list:
         group.add_argument(option, nargs="+", help=text, **options)
     else:
@@ -60,6 +60,11 @@ def _pair(text: str) -> tuple[str, object]:
     return name, yaml.safe_load(value)
 
 
+def _pairs(text: str) -> dict[str, object]:
+    """`name=value,name=value`."""
+    return dict(_pair(part) for part in text.split(",") if part)
+
+
 def run(args: argparse.Namespace) -> None:
     """Trains, and prints the report on stdout.
 
@@ -73,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name, *_ in setting_fields() if getattr(args, name) not in (None, [])}
     if "lora_targets" in given:
         given["lora_targets"] = [part for target in given["lora_targets"] for part in target.split(",") if part]
+    if "expert_config" in given:
+        given["expert_config"] = {name: value for part in given["expert_config"] for name, value in part.items()}
     if "arguments" in given:
         given["arguments"] = {**recipe.arguments, **dict(given["arguments"])}
     report = train_checkpoint(recipe.changed(given, "command line"), resume=args.resume, overwrite=args.overwrite)

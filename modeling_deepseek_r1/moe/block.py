@@ -22,6 +22,9 @@ class DeepseekR1SparseMoeBlock(nn.Module):
     Args:
         config: the model's configuration; sizes are those of the layer.
         layer_idx: number of the layer.
+
+    Attributes:
+        expert_adapter: trained parts of some experts (`adapters.py`), or None.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -34,6 +37,7 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         if layer.shared_expert_intermediate_size is not None:
             self.shared_expert = DeepseekR1MLP(layer, layer.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(layer.hidden_size, 1, bias=False)
+        self.register_module("expert_adapter", None)
 
     def forward(self, hidden_states: torch.Tensor, modalities: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """The output `[batch, n, H]` and the fields of `RouterOutput`, flat, so that checkpointing keeps their gradients.
@@ -44,7 +48,10 @@ class DeepseekR1SparseMoeBlock(nn.Module):
         """
         rows = hidden_states.flatten(0, -2)
         routed = self.router(rows, modalities.flatten() if modalities is not None else None)
-        output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        if self.expert_adapter is None:
+            output = self.experts(rows, routed.top_k_index, routed.top_k_weights)
+        else:
+            output = self.expert_adapter(self.experts, rows, routed.top_k_index, routed.top_k_weights)
         if self.shared_expert is not None:
             output = output + self.shared_expert_gate(rows).sigmoid() * self.shared_expert(rows)
         return output.view(hidden_states.shape), *routed

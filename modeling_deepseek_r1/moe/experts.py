@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from .kernels import experts_forward, grouped_linear, sort_pairs
 
 
-def _in_weight_dtype(hidden_states: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+def in_weight_dtype(hidden_states: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
     """All in the weights' dtype, or in that of autocast, whose reach ends at products of our own."""
     device, dtype = hidden_states.device.type, weights[0].dtype
     if torch.is_autocast_enabled(device):
@@ -51,7 +51,7 @@ class DeepseekR1Experts(nn.Module):
         """`[T, H]` for `hidden_states` `[T, H]`, `top_k_index` and `top_k_weights` `[T, K]`."""
         if hidden_states.device.type != "cpu":
             return self._grouped(hidden_states, top_k_index, top_k_weights)
-        inputs = _in_weight_dtype(hidden_states, self.gate_up_proj, self.down_proj)
+        inputs = in_weight_dtype(hidden_states, self.gate_up_proj, self.down_proj)
         return experts_forward(*inputs, top_k_index, top_k_weights, self.act_fn).to(hidden_states.dtype)
 
     def _grouped(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
@@ -108,7 +108,7 @@ class DeepseekR1LowRankExperts(nn.Module):
 
     @staticmethod
     def _delta(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        rows, a, b = _in_weight_dtype(rows, a, b)
+        rows, a, b = in_weight_dtype(rows, a, b)
         return grouped_linear(grouped_linear(rows, a, sizes), b, sizes)
 
 

@@ -122,6 +122,62 @@ def grouped_linear_reference(rows: torch.Tensor, weight: torch.Tensor, sizes: li
     return torch.cat([F.linear(group, matrix) for group, matrix in groups])
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, a, b, experts, sizes):
+        output, inner = rows.new_empty(rows.shape[0], weight.shape[1]), rows.new_empty(rows.shape[0], a.shape[1])
+        for number, start, stop in _spans(sizes):
+            torch.mm(rows[start:stop], a[number].t(), out=inner[start:stop])
+            torch.mm(rows[start:stop], weight[experts[number]].t(), out=output[start:stop])
+            output[start:stop].addmm_(inner[start:stop], b[number].t())
+        ctx.save_for_backward(rows, weight, a, b, inner)
+        ctx.experts, ctx.sizes = experts, sizes
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, weight, a, b, inner = ctx.saved_tensors
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b, grad_inner = torch.empty_like(a), torch.empty_like(b), torch.empty_like(inner)
+        for number, start, stop in _spans(ctx.sizes):
+            part, into = grad[start:stop], grad_inner[start:stop]
+            torch.mm(part, b[number], out=into)
+            torch.mm(part.t(), inner[start:stop], out=grad_b[number])
+            torch.mm(into.t(), rows[start:stop], out=grad_a[number])
+            if grad_rows is not None:
+                torch.mm(part, weight[ctx.experts[number]], out=grad_rows[start:stop])
+                grad_rows[start:stop].addmm_(into, a[number])
+        for own in (grad_a, grad_b):
+            _clear_unused(own, ctx.sizes)
+        return grad_rows, None, grad_a, grad_b, None, None
+
+
+def adapted_linear(
+    rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, experts: list[int], sizes: list[int]
+) -> torch.Tensor:
+    """One frozen linear map with a low-rank delta, `weight_e + b_c a_c`, per group of rows.
+
+    Args:
+        rows: `[S, in]`, the rows of the first of C adapted experts first.
+        weight: `[E, out, in]`; gets no gradient.
+        a: `[C, r, in]`. b: `[C, out, r]`.
+        experts: number of each adapted expert, 0 ... E - 1.
+        sizes: rows of each; they add up to S.
+
+    Returns:
+        `[S, out]`.
+    """
+    return _AdaptedLinear.apply(rows, weight, a, b, experts, sizes)
+
+
+def adapted_linear_reference(
+    rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, experts: list[int], sizes: list[int]
+) -> torch.Tensor:
+    """What `adapted_linear` computes, with every matrix made in full."""
+    return grouped_linear_reference(rows, weight.detach()[experts] + b @ a, sizes)
+
+
 def experts_forward(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,

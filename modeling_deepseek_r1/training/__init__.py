@@ -1,28 +1,56 @@
 """Training: callbacks for any Trainer, a Trainer that has them all, and whole runs from a recipe."""
 
+from .accumulation import AdaptiveAccumulation
 from .arguments import DeepseekR1TrainingArguments
 from .balance import BiasUpdate, move_balance_biases
 from .centroids import CentroidUpdate, move_centroids
+from .clipping import AdaptiveClipping
+from .expert_lora import (
+    attach_experts,
+    detach_experts,
+    export_peft,
+    import_peft,
+    load_experts,
+    merge_experts,
+    save_experts,
+    unmerge_experts,
+)
+from .learning_rate import AdaptiveLearningRate
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
+from .select_experts import ExpertSelection, choose_experts, measure_relevance
 from .thresholds import ThresholdUpdate, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
 __all__ = [
+    "AdaptiveAccumulation",
+    "AdaptiveClipping",
+    "AdaptiveLearningRate",
     "BiasUpdate",
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
+    "ExpertSelection",
     "Recipe",
     "ThresholdUpdate",
     "TrainableReport",
     "TrainingReport",
     "add_adapters",
+    "attach_experts",
+    "choose_experts",
+    "detach_experts",
+    "export_peft",
     "freeze",
+    "import_peft",
     "last_checkpoint",
+    "load_experts",
+    "measure_relevance",
+    "merge_experts",
     "move_balance_biases",
     "move_centroids",
     "move_thresholds",
+    "save_experts",
     "train_checkpoint",
+    "unmerge_experts",
 ]

@@ -8,9 +8,9 @@ DeepSeek-V3 (https://arxiv.org/abs/2408.15664). `BiasUpdate` does this in any Tr
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..moe.gates import DeepseekR1ExpertRouter
+from .statistics import StatisticsUpdate, reduction
 
 
 def biased_routers(model: nn.Module) -> list[DeepseekR1ExpertRouter]:
@@ -31,12 +31,11 @@ def move_balance_biases(model: nn.Module, rate: float = 0.001) -> None:
     """
     if rate <= 0:
         raise ValueError(f"rate={rate} must be positive")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for router in biased_routers(model):
-        router.move_balance_bias(rate, torch.distributed.all_reduce if distributed else None)
+        router.move_balance_bias(rate, reduction())
 
 
-class BiasUpdate(TrainerCallback):
+class BiasUpdate(StatisticsUpdate):
     """Moves the balance biases of sparse layers towards an even load, or that of `domain_weights`.
 
     Args:
@@ -46,18 +45,16 @@ class BiasUpdate(TrainerCallback):
         ValueError: when training begins, if no layer has a bias.
     """
 
+    missing = "no layer has routing['bias_balancing'], so no bias could move"
+
     def __init__(self, rate: float = 0.001):
         self.rate = rate
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not biased_routers(model):
-            raise ValueError("BiasUpdate: no layer has routing['bias_balancing'], so no bias could move")
-        for router in biased_routers(model):
-            router.gathers_statistics = True
+    def routers(self, model: nn.Module) -> list[nn.Module]:
+        return biased_routers(model)
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def move(self, model: nn.Module) -> None:
         move_balance_biases(model, self.rate)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for router in biased_routers(model):
-            router.gathers_statistics, router.load = False, None
+    def forget(self, router: nn.Module) -> None:
+        router.load = None

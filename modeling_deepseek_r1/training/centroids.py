@@ -8,9 +8,9 @@ routed alike. `CentroidUpdate` does this in any Trainer; in a loop of your own c
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..attention.gate import DeepseekR1Router
+from .statistics import StatisticsUpdate, reduction
 
 
 def routers(model: nn.Module) -> list[DeepseekR1Router]:
@@ -27,12 +27,11 @@ def move_centroids(model: nn.Module, decay: float = 0.99) -> None:
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay} must lie in [0, 1]")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for router in routers(model):
-        router.move_centroids(decay, torch.distributed.all_reduce if distributed else None)
+        router.move_centroids(decay, reduction())
 
 
-class CentroidUpdate(TrainerCallback):
+class CentroidUpdate(StatisticsUpdate):
     """Keeps the centroids of routed layers where the keys are.
 
     Args:
@@ -42,18 +41,13 @@ class CentroidUpdate(TrainerCallback):
         ValueError: when training begins, if the model has no routed layer.
     """
 
+    missing = "the model has no local_routed_attention layer whose centroids could move"
+
     def __init__(self, decay: float = 0.99):
         self.decay = decay
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not routers(model):
-            raise ValueError("CentroidUpdate: the model has no local_routed_attention layer whose centroids could move")
-        for router in routers(model):
-            router.gathers_statistics = True
+    def routers(self, model: nn.Module) -> list[nn.Module]:
+        return routers(model)
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def move(self, model: nn.Module) -> None:
         move_centroids(model, self.decay)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for router in routers(model):
-            router.gathers_statistics, router.statistics = False, None

@@ -50,6 +50,9 @@ class Recipe:
     schedule: str = _setting("cosine", "how the learning rate falls, by transformers' names")
     weight_decay: float = _setting(0.0, "of AdamW")
     label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary")
+    clipping: Literal["fixed", "adaptive"] = _setting(
+        "fixed", "gradients are cut at norm 1 (max_grad_norm), or where their norm is unusual for this run"
+    )
     seed: int = _setting(0, "of data order, splits, dropout and adapters")
 
     dtype: Literal["float32", "bfloat16"] = _setting("float32", "of the weights while training")
@@ -61,6 +64,14 @@ class Recipe:
     )
     lora_alpha: float | None = _setting(None, "adapters are scaled by alpha / rank (default: twice the rank)")
     lora_dropout: float = _setting(0.0, "dropout before the adapters")
+    expert_config: dict[str, Any] = _setting(
+        {},
+        "train only the experts that the data uses most, so many of each domain in a layer, e.g. text=6,code=2; with lora_rank,"
+        " low-rank deltas of them",
+        metavar="DOMAIN=N",
+        comma=True,
+    )
+    train_routers: bool = _setting(False, "train the routers beside the experts of expert_config")
     freeze: list[str] = _setting([], "leave parameters alone whose names match, e.g. 'model.embed_tokens.*'", metavar="PATTERN")
 
     log_steps: int = _setting(10, "optimizer steps between lines of the log", metavar="N")
@@ -124,6 +135,12 @@ class Recipe:
             )
         if self.lora_rank is not None and self.freeze:
             raise ValueError("freeze and lora_rank exclude each other: with adapters everything else is frozen already")
+        if self.expert_config and (self.freeze or self.lora_targets != Recipe().lora_targets or self.lora_dropout):
+            raise ValueError(
+                "expert_config trains experts alone, without dropout: leave out freeze, lora_targets, lora_dropout"
+            )
+        if self.train_routers and not self.expert_config:
+            raise ValueError("train_routers belongs to expert_config; the adapters of lora_rank have lora_targets router")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,6 +7,7 @@ complete. One process, or several under `accelerate launch` with plain data para
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, set_seed
 
 from ..conversion.write import atomic_folder, check_destination, clean_leftovers
 from ..evaluation.loading import DTYPES, load_tokenizer
 from .arguments import DeepseekR1TrainingArguments
 from .card import model_card
+from .clipping import AdaptiveClipping
+from .expert_lora import adapters_of, attach_experts, detach_experts, merge_experts, training_bytes
 from .prepare import TrainingData, prepare_data
 from .recipe import Recipe
+from .select_experts import choose_experts
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
 MODEL_TYPE = "deepseek_r1_text"
 RECIPE_FILE = "recipe.json"
 REPORT_FILE = "training.json"
+EXPERTS_FILE = "experts.json"
 FORMAT_VERSION = 1
 
 
@@ -97,9 +103,11 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     if not resume and arguments.process_index == 0:
         _begin_run_folder(recipe, data, Path(arguments.output_dir))
     set_seed(recipe.seed)
-    model, trained = _model(recipe, data)
+    model, trained = _model(recipe, data, arguments)
     use_cache = model.config.use_cache
     trainer = _trainer(model, arguments, data, tokenizer)
+    if recipe.clipping == "adaptive":
+        trainer.add_callback(AdaptiveClipping())
     metrics = _fit(trainer, data, checkpoint)
     steps, history = trainer.state.global_step, trainer.state.log_history
     report = TrainingReport(
@@ -190,6 +198,7 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "save_steps": recipe.save_steps,
         "save_total_limit": recipe.keep,
         "report_to": recipe.report_to,
+        **({"max_grad_norm": 0.0} if recipe.clipping == "adaptive" else {}),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})
@@ -228,7 +237,7 @@ def _size(data: TrainingData) -> dict[str, int | None]:
     return {"documents": data.documents, "tokens": data.tokens}
 
 
-def _model(recipe: Recipe, data: TrainingData) -> tuple[nn.Module, TrainableReport]:
+def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArguments) -> tuple[nn.Module, TrainableReport]:
     auto_class, options = AutoModelForCausalLM, {}
     if data.task == "classification":
         auto_class, options = AutoModelForSequenceClassification, {"id2label": dict(enumerate(data.label_names))}
@@ -240,10 +249,33 @@ def _model(recipe: Recipe, data: TrainingData) -> tuple[nn.Module, TrainableRepo
         raise ValueError(f"the weights of {recipe.model} are damaged: {error}") from error
     if recipe.length > model.config.max_position_embeddings:
         data.notes.append(f"rows of {recipe.length} tokens; the model was built for {model.config.max_position_embeddings}")
+    if recipe.expert_config:
+        return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
     if recipe.lora_rank is None:
         return model, freeze(model, recipe.freeze)
     settings = {"targets": recipe.lora_targets, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
     return add_adapters(model, rank=recipe.lora_rank, **settings)
+
+
+def _attach_experts(
+    recipe: Recipe, model: nn.Module, data: TrainingData, arguments: DeepseekR1TrainingArguments
+) -> TrainableReport:
+    """Chooses experts by a sample of the training data, and tells which, why, and what training them takes."""
+    shuffle = not isinstance(data.train, IterableDataset)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = DataLoader(data.train, recipe.batch_size, shuffle=shuffle, collate_fn=data.collate, generator=generator)
+    selection = choose_experts(model, recipe.expert_config, batches)
+    options = {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha, "train_routers": recipe.train_routers}
+    trained = attach_experts(model, selection, **options)
+    if arguments.process_index == 0:
+        sizes = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in training_bytes(model).items())
+        print(f"{selection.table()}\n\n{trained.summary()}; {sizes}", file=sys.stderr)
+        content = json.dumps({"format_version": FORMAT_VERSION, **asdict(selection)}, indent=2)
+        file = Path(arguments.output_dir, EXPERTS_FILE)
+        # A resumed run goes on with the experts that it had.
+        if not file.exists():
+            file.write_text(content + "\n", encoding="utf-8")
+    return trained
 
 
 def _accuracy(prediction) -> dict[str, float]:
@@ -254,10 +286,15 @@ def _accuracy(prediction) -> dict[str, float]:
 def _write(recipe: Recipe, report: TrainingReport, model: nn.Module, tokenizer, output: Path) -> None:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+    if adapters_of(model):
+        merge_experts(model)
+        detach_experts(model)
     content = {"format_version": FORMAT_VERSION, "settings": recipe.to_dict(), **asdict(report)}
     planned = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with atomic_folder(output, planned) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if recipe.expert_config:
+            shutil.copy(output.parent / f"{output.name}-run" / EXPERTS_FILE, folder)
         (folder / "README.md").write_text(model_card(recipe, report), encoding="utf-8")

@@ -7,9 +7,9 @@ micro-batches of a step are routed alike. `ThresholdUpdate` does this in any Tra
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..moe.gates import DeepseekR1ExpertRouter
+from .statistics import StatisticsUpdate, reduction
 
 
 def adaptive_routers(model: nn.Module) -> list[DeepseekR1ExpertRouter]:
@@ -30,12 +30,11 @@ def move_thresholds(model: nn.Module, rate: float = 0.05) -> None:
     """
     if rate <= 0:
         raise ValueError(f"rate={rate} must be positive")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for router in adaptive_routers(model):
-        router.move_threshold(rate, torch.distributed.all_reduce if distributed else None)
+        router.move_threshold(rate, reduction())
 
 
-class ThresholdUpdate(TrainerCallback):
+class ThresholdUpdate(StatisticsUpdate):
     """Moves the thresholds of sparse layers towards `target_experts_per_tok`.
 
     Args:
@@ -45,18 +44,13 @@ class ThresholdUpdate(TrainerCallback):
         ValueError: when training begins, if no layer has a target.
     """
 
+    missing = "no layer has routing['target_experts_per_tok'], so no threshold could move"
+
     def __init__(self, rate: float = 0.05):
         self.rate = rate
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not adaptive_routers(model):
-            raise ValueError("ThresholdUpdate: no layer has routing['target_experts_per_tok'], so no threshold could move")
-        for router in adaptive_routers(model):
-            router.gathers_statistics = True
+    def routers(self, model: nn.Module) -> list[nn.Module]:
+        return adaptive_routers(model)
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def move(self, model: nn.Module) -> None:
         move_thresholds(model, self.rate)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for router in adaptive_routers(model):
-            router.gathers_statistics, router.statistics = False, None

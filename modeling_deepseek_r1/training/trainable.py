@@ -67,7 +67,7 @@ def add_adapters(
         task_type="SEQ_CLS" if task else "CAUSAL_LM",
     )
     adapted = peft.get_peft_model(model, config)
-    return adapted, _report(adapted, {target: len(names) for target, names in found.items()})
+    return adapted, make_report(adapted, {target: len(names) for target, names in found.items()})
 
 
 def _find_targets(model: nn.Module, targets: list[str], rank: int, dropout: float) -> dict[str, list[str]]:
@@ -104,7 +104,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> TrainableReport:
         matched[f"without {pattern}"] = len(names)
         for name in names:
             model.get_parameter(name).requires_grad_(False)
-    report = _report(model, matched)
+    report = make_report(model, matched)
     if not report.trainable:
         raise ValueError(f"freeze: {', '.join(matched)} leaves nothing to train")
     return report
@@ -121,7 +121,8 @@ def _matching(model: nn.Module, target: str) -> list[str]:
     )
 
 
-def _report(model: nn.Module, matched: dict[str, int]) -> TrainableReport:
+def make_report(model: nn.Module, matched: dict[str, int]) -> TrainableReport:
+    """Counts what a model trains; `matched` as in `TrainableReport`."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return TrainableReport(matched, trainable, sum(parameter.numel() for parameter in parameters))

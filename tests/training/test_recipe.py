@@ -59,6 +59,12 @@ def test_a_wrong_file(text, message, tmp_path):
         ({"epochs": 0.0}, "epochs must be above 0"),
         ({"streaming": True}, "streaming needs max_steps"),
         ({"lora_rank": 2, "freeze": ["x"]}, "freeze and lora_rank exclude each other"),
+        ({"expert_config": {"a": 1}, "freeze": ["x"]}, "expert_config trains experts alone"),
+        (
+            {"expert_config": {"a": 1}, "lora_rank": 2, "lora_dropout": 0.1},
+            "expert_config trains experts alone, without dropout",
+        ),
+        ({"train_routers": True}, "train_routers belongs to expert_config"),
     ],
 )
 def test_impossible_settings(fields, message):

@@ -1,0 +1,83 @@
+"""What callbacks have in common that move buffers by statistics, and those that keep a history of their own."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+def reduction():
+    """What adds a tensor up over all ranks, in place; None for one process."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.all_reduce if distributed else None
+
+
+class StatisticsUpdate(TrainerCallback):
+    """Lets routers gather statistics in the forward passes, and moves their buffers once per optimizer step."""
+
+    missing = ""
+    """What to say where there is no router whose buffers could move."""
+
+    def routers(self, model: nn.Module) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def move(self, model: nn.Module) -> None:
+        raise NotImplementedError
+
+    def forget(self, router: nn.Module) -> None:
+        """Drops what a router has gathered."""
+        router.statistics = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not self.routers(model):
+            raise ValueError(f"{type(self).__name__}: {self.missing}")
+        for router in self.routers(model):
+            router.gathers_statistics = True
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.move(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for router in self.routers(model):
+            router.gathers_statistics = False
+            self.forget(router)
+
+
+class HistoryCallback(TrainerCallback, ExportableState):
+    """A callback with a history that a run takes up again when it resumes, in any Trainer and without being asked.
+
+    Trainers save the state of such callbacks, but restore it only with `restore_callback_states_from_checkpoint`.
+    """
+
+    arguments: tuple[str, ...] = ()
+    """Attributes that `__init__` takes."""
+    history: tuple[str, ...] = ()
+    """Attributes that training changes; JSON must be able to hold them."""
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {name: getattr(self, name) for name in self.arguments},
+            "attributes": {name: getattr(self, name) for name in self.history},
+        }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        name = type(self).__name__
+        # A checkpoint that was made without the callback knows nothing of it, and the Trainer wants an entry.
+        saved = state.stateful_callbacks.setdefault(name, self.state())
+        if isinstance(saved, list):
+            raise ValueError(f"{name}: the Trainer has {len(saved)} of these callbacks; one is enough")
+        for attribute, value in saved["attributes"].items():
+            setattr(self, attribute, value)
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Of all parameters that have one."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def total_norm(tensors: list[torch.Tensor]) -> float:
+    """Their Euclidean norm, over all shards."""
+    norm = nn.utils.get_total_norm(tensors)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
