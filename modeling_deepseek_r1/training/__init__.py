@@ -2,6 +2,7 @@
 
 from .arguments import DeepseekR1TrainingArguments
 from .centroids import CentroidUpdate, move_centroids
+from .distillation import DistillationConfig, DistillationTrainer, load_teacher, share_weights
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
 from .thresholds import ThresholdUpdate, move_thresholds
@@ -12,6 +13,8 @@ __all__ = [
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
+    "DistillationConfig",
+    "DistillationTrainer",
     "Recipe",
     "ThresholdUpdate",
     "TrainableReport",
@@ -19,7 +22,9 @@ __all__ = [
     "add_adapters",
     "freeze",
     "last_checkpoint",
+    "load_teacher",
     "move_centroids",
     "move_thresholds",
+    "share_weights",
     "train_checkpoint",
 ]

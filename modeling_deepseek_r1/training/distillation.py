@@ -113,7 +113,9 @@ def divergence(
 
     With `top_k` the KL of distributions over the teacher's k best tokens and the rest, which is at most the full one.
     """
-    q, p = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    q, p = (F.log_softmax(logits.float(), -1) for logits in (student, teacher))
     if top_k is not None and top_k < p.shape[-1]:
         best = p.topk(top_k, -1).indices
         q, p = (torch.cat((chosen, _log_rest(chosen)), -1) for chosen in (q.gather(-1, best), p.gather(-1, best)))
@@ -208,8 +210,12 @@ class DistillationTrainer(DeepseekR1Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training the distillation's loss, in an evaluation the cross-entropy, while teacher and student are compared."""
-        learned = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
-        learned, labels = learned != -100, learned[learned != -100]
+        labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+        learned = labels != -100
+        if "attention_mask" in inputs:
+            # Padding on the left would predict the first token.
+            learned = learned & inputs["attention_mask"].bool()
+        labels = labels[learned]
         if not model.training:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             self._compare(loss, outputs.logits[learned], self._teach(inputs)[-1][learned], labels, len(learned))

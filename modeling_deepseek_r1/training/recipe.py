@@ -19,6 +19,10 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+HEALING = {"lora_rank": 8, "learning_rate": 1e-3, "length": 2048, "packing": "concatenate", "accumulation": 1}
+"""What `heal_from` changes where nothing else is asked for: adapters on attention, long rows of whole texts."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of `train_checkpoint`; each is an argument of the command `train` and a key of a recipe file."""
@@ -63,6 +67,14 @@ class Recipe:
     lora_dropout: float = _setting(0.0, "dropout before the adapters")
     freeze: list[str] = _setting([], "leave parameters alone whose names match, e.g. 'model.embed_tokens.*'", metavar="PATTERN")
 
+    heal_from: str | None = _setting(
+        None, "learn from this model, as a rule the dense source: checkpoint folder, GGUF file or hub id", metavar="SOURCE"
+    )
+    heal_temperature: float = _setting(1.0, "of both models' distributions")
+    heal_top_k: int | None = _setting(None, "compare the K most probable tokens and the rest (default: all)", metavar="K")
+    heal_ce_weight: float = _setting(0.0, "weight of the cross-entropy to the text itself")
+    heal_hidden_weight: float = _setting(0.0, "weight of the error of the hidden states behind every layer")
+
     log_steps: int = _setting(10, "optimizer steps between lines of the log", metavar="N")
     eval_steps: int | None = _setting(None, "optimizer steps between evaluations (default: at the end)", metavar="N")
     save_steps: int = _setting(500, "optimizer steps between checkpoints to resume from", metavar="N")
@@ -89,7 +101,7 @@ class Recipe:
         return cls().changed({str(name).replace("-", "_"): value for name, value in content.items()}, where=str(path))
 
     def changed(self, values: Mapping[str, Any], where: str = "settings") -> "Recipe":
-        """With other values for some settings.
+        """With other values for some settings; `heal_from` brings the defaults of `HEALING` with it.
 
         Raises:
             ValueError: an unknown setting, or a value of the wrong type.
@@ -101,6 +113,10 @@ class Recipe:
                 close = difflib.get_close_matches(name, wanted, 1)
                 raise ValueError(f"{where}: there is no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
             checked[name] = _converted(value, wanted[name], f"{where}: {name}")
+        if checked.get("heal_from") and not self.heal_from:
+            own = Recipe()
+            usual = {name: value for name, value in HEALING.items() if getattr(self, name) == getattr(own, name)}
+            checked = usual | checked
         return replace(self, **checked)
 
     def check(self) -> None:
@@ -124,6 +140,9 @@ class Recipe:
             )
         if self.lora_rank is not None and self.freeze:
             raise ValueError("freeze and lora_rank exclude each other: with adapters everything else is frozen already")
+
+        if self.heal_from and (self.task == "classification" or self.label_smoothing):
+            raise ValueError("heal_from teaches to predict texts as another model does: no classification, no label_smoothing")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
