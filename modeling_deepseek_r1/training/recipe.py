@@ -116,6 +116,9 @@ class Recipe:
         if checked.get("heal_from") and not self.heal_from:
             own = Recipe()
             usual = {name: value for name, value in HEALING.items() if getattr(self, name) == getattr(own, name)}
+            if checked.get("freeze", self.freeze):
+                # Whoever freezes parts trains the others themselves.
+                usual.pop("lora_rank", None)
             checked = usual | checked
         return replace(self, **checked)
 
@@ -140,7 +143,6 @@ class Recipe:
             )
         if self.lora_rank is not None and self.freeze:
             raise ValueError("freeze and lora_rank exclude each other: with adapters everything else is frozen already")
-
         if self.heal_from and (self.task == "classification" or self.label_smoothing):
             raise ValueError("heal_from teaches to predict texts as another model does: no classification, no label_smoothing")
 

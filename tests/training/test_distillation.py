@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_deepseek_r1 import cli
 from modeling_deepseek_r1.conversion import convert_checkpoint
 from modeling_deepseek_r1.data import CausalCollator
-from modeling_deepseek_r1.training import DistillationConfig, DistillationTrainer, add_adapters, last_checkpoint, load_teacher
+from modeling_deepseek_r1.training import (
+    DeepseekR1TrainingArguments,
+    DistillationConfig,
+    DistillationTrainer,
+    Recipe,
+    add_adapters,
+    last_checkpoint,
+    load_teacher,
+)
 from modeling_deepseek_r1.training.distillation import POSITIONS_PER_CHUNK, divergence
 from tests.conversion.sources import input_ids, model_of, save
 from tests.data.tokenizers import make_tokenizer
@@ -233,8 +241,6 @@ def test_experts_keep_their_auxiliary_losses(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"bf16": True}, {"checkpointing": True}], ids=["bf16", "checkpointing"])
 def test_mixed_precision_and_checkpointing(fields, tmp_path):
-    from modeling_deepseek_r1.training import DeepseekR1TrainingArguments
-
     if "checkpointing" in fields:
         known = DeepseekR1TrainingArguments.__dataclass_fields__
         fields = {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": True}
@@ -271,7 +277,9 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("healing")
     tiny_model("full", vocab_size=259).save_pretrained(folder / "dense")
     make_tokenizer().save_pretrained(folder / "dense")
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog and " * 120)
+    text = "the quick brown fox jumps over the lazy dog and "
+    (folder / "text.txt").write_text(text * 60)
+    (folder / "few.txt").write_text(text * 5)
     options = ["--layer-types", "RS", "--sliding-window", 8, "--num-sink-tokens", 2, "--num-clusters", 4]
     options += ["--calibration", folder / "text.txt"]
     assert cli.main(["convert", str(folder / "dense"), str(folder / "hybrid"), *map(str, options)]) == 0
@@ -280,8 +288,8 @@ def checkpoints(tmp_path_factory):
 
 def test_the_command(checkpoints, tmp_path, capsys):
     arguments = ["train", checkpoints / "hybrid", checkpoints / "text.txt", "--output", tmp_path / "out"]
-    arguments += ["--heal-from", checkpoints / "dense", "--eval-data", checkpoints / "text.txt"]
-    arguments += ["--max-steps", 12, "--length", 64, "--learning-rate", 1e-2, "--log-steps", 1]
+    arguments += ["--heal-from", checkpoints / "dense", "--eval-data", checkpoints / "few.txt"]
+    arguments += ["--max-steps", 12, "--length", 64, "--learning-rate", 1e-2]
     assert cli.main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
     assert "attention (12), router (2)" in printed and "before_gap" in printed
@@ -305,6 +313,17 @@ def test_the_command(checkpoints, tmp_path, capsys):
         target = teacher(ids).logits
         gaps = [divergence(model(ids).logits[0], target[0]).mean() for model in (healed, before)]
     assert gaps[0] < gaps[1]
+
+
+def test_settings_that_healing_brings_and_does_not():
+    recipe = Recipe().changed({"heal_from": "dense"})
+    assert (recipe.lora_rank, recipe.packing, recipe.length, recipe.accumulation) == (8, "concatenate", 2048, 1)
+    assert recipe.learning_rate > Recipe().learning_rate
+    assert recipe.changed({"heal_from": "other", "length": 1024}).length == 1024
+    assert Recipe().changed({"length": 512}).changed({"heal_from": "dense", "accumulation": 8}).accumulation == 8
+    assert Recipe().changed({"length": 512}).changed({"heal_from": "dense"}).length == 512
+    assert Recipe().changed({"heal_from": "dense", "lora_rank": None}).lora_rank is None
+    assert Recipe().changed({"heal_from": "dense", "freeze": ["*.mlp.*"]}).lora_rank is None
 
 
 def test_errors(checkpoints, tmp_path):
