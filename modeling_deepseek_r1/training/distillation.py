@@ -218,7 +218,7 @@ class DistillationTrainer(DeepseekR1Trainer):
         labels = labels[learned]
         if not model.training:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            self._compare(loss, outputs.logits[learned], self._teach(inputs)[-1][learned], labels, len(learned))
+            self._compare(outputs.logits[learned], self._teach(inputs)[-1][learned], labels, len(learned))
             return (loss, outputs) if return_outputs else loss
         coefficient = self.student.config.router_aux_loss_coef if self.student.model.routers else 0
         outputs = model(
@@ -270,13 +270,14 @@ class DistillationTrainer(DeepseekR1Trainer):
         return loss, parts
 
     @torch.no_grad()
-    def _compare(self, loss: torch.Tensor, logits: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, rows: int) -> None:
-        """Adds what an evaluation compares on one batch of so many rows, by which the Trainer weighs its losses too."""
-        sums = torch.zeros(2, device=logits.device)
+    def _compare(self, logits: torch.Tensor, taught: torch.Tensor, labels: torch.Tensor, rows: int) -> None:
+        """Adds both cross-entropies and the divergence on one batch of so many rows, by which the Trainer weighs losses too."""
+        sums = torch.zeros(3, device=logits.device)
         for own, states, targets in zip(*(x.split(POSITIONS_PER_CHUNK) for x in (logits, taught, labels)), strict=True):
             target = self.teacher.lm_head(states)
-            sums += torch.stack((F.cross_entropy(target.float(), targets, reduction="sum"), divergence(own, target).sum()))
-        values = torch.stack((loss.detach().float(), *(sums / max(1, len(labels))), sums.new_ones(())))
+            entropies = [F.cross_entropy(one.float(), targets, reduction="sum") for one in (own, target)]
+            sums += torch.stack((*entropies, divergence(own, target).sum()))
+        values = torch.cat((sums / max(1, len(labels)), sums.new_ones(1)))
         self._compared = self._compared.to(values.device) + rows * values
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
