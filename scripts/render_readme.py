@@ -117,7 +117,7 @@ def healing_table(result: dict) -> str:
         lines.append(
             f"{label}: {training['max_steps']} steps of one row of {training['length']} tokens, window {model['window_in_training']}"
             f" in training and {model['window']} when measured, rank {training['lora_rank']}, learning rate"
-            f" {training['learning_rate']:g}."
+            f" {training['learning_rate']:g}; half of the text is source code, half a later part of the evaluated book."
         )
     return "\n".join(lines) + "\n"
 
