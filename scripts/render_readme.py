@@ -22,6 +22,7 @@ COMMANDS = {
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
+    "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
 }
@@ -136,10 +137,29 @@ def finetuning_quality_table(result: dict) -> str:
     return "\n".join(lines) + f"\n\nPerplexity after {settings['steps']} steps on code at rank {settings['rank']}.\n"
 
 
+def healing_table(result: dict) -> str:
+    """Rows: students and lengths; columns: perplexity of the dense model and of the student before and after healing."""
+    lines = ["| student | tokens | dense | before | after | of the gap closed |", "|---|---|---|---|---|---|"]
+    for label, model in result["models"].items():
+        for cell in model["cells"]:
+            figures = [f"{cell[name]:.2f}" for name in ("dense", "before", "after")]
+            lines.append("| " + " | ".join([label, f"{cell['length']:,}", *figures, f"{cell['closed']:.0%}"]) + " |")
+    lines.append("")
+    for label, model in result["models"].items():
+        training = model["training"]
+        lines.append(
+            f"{label}: {training['max_steps']} steps of one row of {training['length']} tokens, window {model['window_in_training']}"
+            f" in training and {model['window']} when measured, rank {training['lora_rank']}, learning rate"
+            f" {training['learning_rate']:g}; half of the text is source code, half a later part of the evaluated book."
+        )
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
+    "smollm2_healing": healing_table,
     "smollm2_generation": generation_table,
     "smollm2_routing": routing_table,
     "smollm2_patterns": pattern_table,

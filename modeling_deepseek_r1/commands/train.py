@@ -8,6 +8,7 @@ GROUPS = {
     "data": ("task", "labels"),
     "training": ("epochs", "seed"),
     "what is trained, and how": ("dtype", "freeze"),
+    "healing": ("heal_from", "heal_hidden_weight"),
     "log and checkpoints": ("log_steps", "arguments"),
 }
 """Title of a group in `--help` -> its first and last setting."""

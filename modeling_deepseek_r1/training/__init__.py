@@ -5,6 +5,7 @@ from .arguments import DeepseekR1TrainingArguments
 from .balance import BiasUpdate, move_balance_biases
 from .centroids import CentroidUpdate, move_centroids
 from .clipping import AdaptiveClipping
+from .distillation import DistillationConfig, DistillationTrainer, load_teacher, share_weights
 from .expert_lora import (
     attach_experts,
     detach_experts,
@@ -31,6 +32,8 @@ __all__ = [
     "CentroidUpdate",
     "DeepseekR1Trainer",
     "DeepseekR1TrainingArguments",
+    "DistillationConfig",
+    "DistillationTrainer",
     "ExpertSelection",
     "Recipe",
     "ThresholdUpdate",
@@ -45,12 +48,14 @@ __all__ = [
     "import_peft",
     "last_checkpoint",
     "load_experts",
+    "load_teacher",
     "measure_relevance",
     "merge_experts",
     "move_balance_biases",
     "move_centroids",
     "move_thresholds",
     "save_experts",
+    "share_weights",
     "train_checkpoint",
     "unmerge_experts",
 ]

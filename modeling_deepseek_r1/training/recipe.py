@@ -19,6 +19,10 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+HEALING = {"lora_rank": 8, "learning_rate": 1e-3, "length": 2048, "packing": "concatenate", "accumulation": 1}
+"""What `heal_from` changes where nothing else is asked for: adapters on attention, long rows of whole texts."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of `train_checkpoint`; each is an argument of the command `train` and a key of a recipe file."""
@@ -74,6 +78,14 @@ class Recipe:
     train_routers: bool = _setting(False, "train the routers beside the experts of expert_config")
     freeze: list[str] = _setting([], "leave parameters alone whose names match, e.g. 'model.embed_tokens.*'", metavar="PATTERN")
 
+    heal_from: str | None = _setting(
+        None, "learn from this model, as a rule the dense source: checkpoint folder, GGUF file or hub id", metavar="SOURCE"
+    )
+    heal_temperature: float = _setting(1.0, "of both models' distributions")
+    heal_top_k: int | None = _setting(None, "compare the K most probable tokens and the rest (default: all)", metavar="K")
+    heal_ce_weight: float = _setting(0.0, "weight of the cross-entropy to the text itself")
+    heal_hidden_weight: float = _setting(0.0, "weight of the error of the hidden states behind every layer")
+
     log_steps: int = _setting(10, "optimizer steps between lines of the log", metavar="N")
     eval_steps: int | None = _setting(None, "optimizer steps between evaluations (default: at the end)", metavar="N")
     save_steps: int = _setting(500, "optimizer steps between checkpoints to resume from", metavar="N")
@@ -100,7 +112,7 @@ class Recipe:
         return cls().changed({str(name).replace("-", "_"): value for name, value in content.items()}, where=str(path))
 
     def changed(self, values: Mapping[str, Any], where: str = "settings") -> "Recipe":
-        """With other values for some settings.
+        """With other values for some settings; `heal_from` brings the defaults of `HEALING` with it.
 
         Raises:
             ValueError: an unknown setting, or a value of the wrong type.
@@ -112,6 +124,13 @@ class Recipe:
                 close = difflib.get_close_matches(name, wanted, 1)
                 raise ValueError(f"{where}: there is no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
             checked[name] = _converted(value, wanted[name], f"{where}: {name}")
+        if checked.get("heal_from") and not self.heal_from:
+            own = Recipe()
+            usual = {name: value for name, value in HEALING.items() if getattr(self, name) == getattr(own, name)}
+            if checked.get("freeze", self.freeze):
+                # Whoever freezes parts trains the others themselves.
+                usual.pop("lora_rank", None)
+            checked = usual | checked
         return replace(self, **checked)
 
     def check(self) -> None:
@@ -141,6 +160,10 @@ class Recipe:
             )
         if self.train_routers and not self.expert_config:
             raise ValueError("train_routers belongs to expert_config; the adapters of lora_rank have lora_targets router")
+        if self.heal_from and (self.task == "classification" or self.label_smoothing):
+            raise ValueError("heal_from teaches to predict texts as another model does: no classification, no label_smoothing")
+        if self.heal_from and self.expert_config:
+            raise ValueError("heal_from trains gates and adapters, expert_config single experts: leave one of them out")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,11 +19,14 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, set_seed
 
+from ..conversion.convert import source_tokenizer
+from ..conversion.source import open_source
 from ..conversion.write import atomic_folder, check_destination, clean_leftovers
 from ..evaluation.loading import DTYPES, load_tokenizer
 from .arguments import DeepseekR1TrainingArguments
 from .card import model_card
 from .clipping import AdaptiveClipping
+from .distillation import DistillationConfig, DistillationTrainer, load_teacher
 from .expert_lora import adapters_of, attach_experts, detach_experts, merge_experts, training_bytes
 from .prepare import TrainingData, prepare_data
 from .recipe import Recipe
@@ -73,7 +76,7 @@ class TrainingReport:
         return "\n".join([*lines, f"{self.steps} steps: {figures}", f"written: {self.output}"])
 
 
-SHOWN = ("eval_perplexity", "eval_accuracy", "train_tokens_per_second")
+SHOWN = ("before_gap", "eval_gap", "eval_perplexity", "eval_accuracy", "train_tokens_per_second")
 
 
 def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainingReport:
@@ -105,7 +108,7 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     set_seed(recipe.seed)
     model, trained = _model(recipe, data, arguments)
     use_cache = model.config.use_cache
-    trainer = _trainer(model, arguments, data, tokenizer)
+    trainer = _trainer(recipe, model, arguments, data, tokenizer)
     if recipe.clipping == "adaptive":
         trainer.add_callback(AdaptiveClipping())
     metrics = _fit(trainer, data, checkpoint)
@@ -120,9 +123,14 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     return report
 
 
-def _trainer(model: nn.Module, arguments: DeepseekR1TrainingArguments, data: TrainingData, tokenizer) -> DeepseekR1Trainer:
+def _trainer(
+    recipe: Recipe, model: nn.Module, arguments: DeepseekR1TrainingArguments, data: TrainingData, tokenizer
+) -> DeepseekR1Trainer:
     arguments.prediction_loss_only = data.task != "classification"
-    return DeepseekR1Trainer(
+    trainer_class, healing = DeepseekR1Trainer, {}
+    if recipe.heal_from:
+        trainer_class, healing = DistillationTrainer, _healing(recipe, data, tokenizer)
+    return trainer_class(
         model,
         arguments,
         data_collator=data.collate,
@@ -130,12 +138,28 @@ def _trainer(model: nn.Module, arguments: DeepseekR1TrainingArguments, data: Tra
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         compute_metrics=_accuracy if data.task == "classification" else None,
+        **healing,
     )
 
 
+def _healing(recipe: Recipe, data: TrainingData, tokenizer) -> dict[str, Any]:
+    """What a `DistillationTrainer` needs besides."""
+    if data.task == "classification":
+        raise ValueError("heal_from teaches to predict texts; these data are those of a classification")
+    if source_tokenizer(open_source(recipe.heal_from)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{recipe.heal_from} and {recipe.model} have different vocabularies; a teacher must have the student's"
+        )
+    settings = {name: getattr(recipe, f"heal_{name}") for name in DistillationConfig.__dataclass_fields__}
+    return {"teacher": load_teacher(recipe.heal_from, DTYPES[recipe.dtype]), "distillation": DistillationConfig(**settings)}
+
+
 def _fit(trainer: DeepseekR1Trainer, data: TrainingData, checkpoint: Path | None) -> dict[str, float]:
-    """Trains and evaluates; returns what was measured."""
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    """Trains and evaluates, with a teacher before as well; returns what was measured."""
+    before = {}
+    if data.evaluation is not None and isinstance(trainer, DistillationTrainer):
+        before = trainer.evaluate(metric_key_prefix="before")
+    metrics = before | trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     if data.evaluation is not None:
         metrics |= trainer.evaluate()
         if data.task != "classification":
@@ -199,6 +223,8 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "save_total_limit": recipe.keep,
         "report_to": recipe.report_to,
         **({"max_grad_norm": 0.0} if recipe.clipping == "adaptive" else {}),
+        # Without it transformers refuses bf16 where there is only a CPU.
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})
@@ -253,7 +279,11 @@ def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArgu
         return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
     if recipe.lora_rank is None:
         return model, freeze(model, recipe.freeze)
-    settings = {"targets": recipe.lora_targets, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
+    targets = recipe.lora_targets
+    if recipe.heal_from and "router" not in targets and any(name.endswith(".router") for name, _ in model.named_modules()):
+        # Gates are what a converted model has never learned.
+        targets = [*targets, "router"]
+    settings = {"targets": targets, "alpha": recipe.lora_alpha, "dropout": recipe.lora_dropout}
     return add_adapters(model, rank=recipe.lora_rank, **settings)
 
 
