@@ -51,7 +51,7 @@ class HierarchicalCandidates:
     Args:
         num_candidates: drafts per prompt.
         stages: `(tokens, keep)` pairs: once the drafts have so many tokens, the best `keep` go on. Finished ones count among
-            them and can win in any case. Without stages all are finished.
+            them and can win in any case. Without stages all are finished; one candidate has none.
         evaluator: `evaluator(prompt, texts)` -> scores (`generation/evaluators.py`); None: the mean log-likelihood per
             token under the model itself, which costs nothing.
         tokenizer: decodes candidates; an evaluator needs it.
@@ -105,7 +105,8 @@ class HierarchicalCandidates:
         """Called by `generate()`, which also takes `prompt_texts`: what the evaluator gets instead of the decoded prompts.
 
         Raises:
-            ValueError: beams, several return sequences, greedy drafts, no cache or a filled one, embeddings instead of ids.
+            ValueError: beams, several return sequences, greedy drafts, no cache or a filled one, embeddings instead of ids,
+                stages beyond `max_new_tokens`.
         """
         if prompt_texts is not None and len(prompt_texts) != len(input_ids):
             raise ValueError(f"{len(prompt_texts)} prompt_texts are given for {len(input_ids)} prompts")
@@ -124,10 +125,8 @@ class HierarchicalCandidates:
         mask = model_kwargs.get("attention_mask")
         lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
         if texts is None and self.tokenizer is not None:
-            texts = [
-                self.tokenizer.decode(ids[-length:], skip_special_tokens=True)
-                for ids, length in zip(input_ids, lengths, strict=True)
-            ]
+            real = input_ids if mask is None else [ids[kept.bool()] for ids, kept in zip(input_ids, mask, strict=True)]
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in real]
         texts = [None] * len(input_ids) if texts is None else texts
         new = stopping_criteria.max_length - input_ids.shape[1]
         if self.stages and self.stages[-1][0] >= new:
@@ -188,8 +187,10 @@ def generate_candidates(
         options: arguments of `generate()`: `max_new_tokens`, `do_sample`, `temperature`, `generation_config` ...
 
     Raises:
-        ValueError: too few rows, an empty prompt, a model of another library, and whatever `HierarchicalCandidates` refuses.
+        ValueError: too few rows, a text instead of a list of texts, an empty prompt, a model of another library, and whatever `HierarchicalCandidates` refuses.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a single text; pass a list of texts")
     plan = plan if plan.tokenizer is not None else replace(plan, tokenizer=tokenizer)
     capacity = 2 * plan.num_candidates if rows is None else rows
     if capacity < plan.num_candidates:
