@@ -1,5 +1,17 @@
 """Generation beyond a plain `model.generate()`."""
 
+from .candidates import CandidateOutput, HierarchicalCandidates, generate_candidates
 from .conversation import Conversation
+from .evaluators import EmbeddingEvaluator, RewardEvaluator
+from .selection import Candidate, PromptCandidates
 
-__all__ = ["Conversation"]
+__all__ = [
+    "Candidate",
+    "CandidateOutput",
+    "Conversation",
+    "EmbeddingEvaluator",
+    "HierarchicalCandidates",
+    "PromptCandidates",
+    "RewardEvaluator",
+    "generate_candidates",
+]

@@ -1,0 +1,217 @@
+"""Rows of a batch in which candidates grow side by side, leave, and make room for candidates of other prompts.
+
+All rows share one cache. Where no row joins later, a row that has finished stays until others are dropped, as in plain
+`generate()`. Rows of different prompts are joined by their keys' positions: in this library's cache layers a key's slot decides
+nothing, so shorter rows get empty slots (position -1) in front. For that, a prompt whose rows are to be joined is read with one
+padding token before it, which makes the layers write positions down.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from ..attention.cache import PatternLayer
+from .selection import PromptSearch
+
+
+@dataclass
+class Wave:
+    """Prompts that one `generate()` has prepared, and their candidates, all of the same length.
+
+    Attributes:
+        ids: `[rows, n]` prompts (left-padded) and what was generated.
+        logits_processor, stopping_criteria, config: as transformers prepared them.
+        model_kwargs: for the prefill.
+        searches: one per prompt.
+        candidates: of each row.
+    """
+
+    ids: torch.Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+    searches: list[PromptSearch]
+
+    def __post_init__(self):
+        self.candidates = [candidate for search in self.searches for candidate in search.record.candidates]
+
+    def take(self, tokens: torch.Tensor, log_likelihoods: list[float]) -> None:
+        """Adds a token `[rows]` to every row and lets the searches go on."""
+        self.ids = torch.cat((self.ids, tokens[:, None]), 1)
+        stopped = self.stopping_criteria(self.ids, None).tolist()
+        ends = self.config.eos_token_id
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        for candidate, token, gain, stop in zip(self.candidates, tokens.tolist(), log_likelihoods, stopped, strict=True):
+            if candidate.ended is not None:
+                continue
+            candidate.tokens.append(token)
+            candidate.log_likelihood += gain
+            if stop:
+                full = self.ids.shape[1] >= (self.stopping_criteria.max_length or float("inf"))
+                candidate.finish("eos" if token in ends else "length" if full else "stopped")
+        for search in self.searches:
+            if search.record.best is None:
+                search.advance()
+
+
+class CandidateRows:
+    """The rows of one or more waves and the model that continues them.
+
+    Args:
+        model: a causal language model of transformers; this library's, if rows are to be joined.
+        joins: rows leave as soon as they have finished, and others may join them.
+
+    Attributes:
+        steps: forwards of one token per row so far; `row_steps`: rows in all of them together.
+    """
+
+    def __init__(self, model: Any, joins: bool = False):
+        self.model, self.joins = model, joins
+        self.waves: list[Wave] = []
+        self.cache: Cache | None = None
+        self.logits = self.positions = self.mask = None
+        self.steps = self.row_steps = 0
+
+    @property
+    def count(self) -> int:
+        return sum(len(wave.candidates) for wave in self.waves)
+
+    def add(self, wave: Wave) -> None:
+        """Reads the prompts `[prompts, n]` of a wave and repeats each for its candidates.
+
+        Raises:
+            ValueError: rows are to be joined and the model's cache has layers of another library.
+        """
+        ids, kwargs, prompts = wave.ids, dict(wave.model_kwargs), len(wave.searches)
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if positions is None:
+            positions = (torch.ones_like(ids) if mask is None else mask).cumsum(-1).sub(1).clamp(min=0)
+        positions = positions.expand(prompts, -1)
+        if self.joins:
+            mask = F.pad(torch.ones_like(ids) if mask is None else mask, (1, 0), value=0)
+            ids, kwargs["attention_mask"], kwargs["position_ids"] = F.pad(ids, (1, 0)), mask, F.pad(positions, (1, 0))
+        outputs = self.model._prefill(ids, wave.config, kwargs)
+        cache, repeats = outputs.past_key_values, len(wave.candidates) // prompts
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        wave.ids = wave.ids.repeat_interleave(repeats, 0)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32).repeat_interleave(repeats, 0)
+        positions = positions[:, -1:].repeat_interleave(repeats, 0)
+        if self.joins:
+            check_joinable(cache)
+        elif mask is not None:
+            self.mask = mask.repeat_interleave(repeats, 0)
+        if self.waves:
+            join_caches(self.cache, cache)
+            logits, positions = torch.cat((self.logits, logits)), torch.cat((self.positions, positions))
+        else:
+            self.cache = cache
+        self.logits, self.positions = logits, positions
+        self.waves.append(wave)
+
+    def step(self) -> None:
+        """One token for every row; rows whose candidates are not to go on leave; the model reads the others' tokens."""
+        log_likelihoods = self.logits.log_softmax(-1)
+        parts = self.logits.split([len(wave.candidates) for wave in self.waves])
+        scores = torch.cat([wave.logits_processor(wave.ids, part) for wave, part in zip(self.waves, parts, strict=True)])
+        config = self.waves[0].config
+        tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if config.do_sample else scores.argmax(-1)
+        running = torch.tensor([c.ended is None for wave in self.waves for c in wave.candidates], device=tokens.device)
+        tokens = torch.where(running, tokens, pad_token(config))
+        gains = log_likelihoods.gather(1, tokens[:, None])[:, 0].tolist()
+        start = 0
+        for wave in self.waves:
+            stop = start + len(wave.candidates)
+            wave.take(tokens[start:stop], gains[start:stop])
+            start = stop
+        self._release()
+        if self.waves:
+            self._forward()
+
+    def _release(self) -> None:
+        """Frees rows: of complete prompts all, and of others too as soon as one of them is dropped or others could join."""
+        candidates = [candidate for wave in self.waves for candidate in wave.candidates]
+        complete = not any(candidate.ended is None for candidate in candidates)
+        if not complete and not self.joins and not any(c.ended is not None and not c.is_finished for c in candidates):
+            return
+        kept = [row for row, candidate in enumerate(candidates) if candidate.ended is None]
+        if len(kept) == len(candidates):
+            return
+        for wave in self.waves:
+            rows = [row for row, candidate in enumerate(wave.candidates) if candidate.ended is None]
+            wave.ids, wave.candidates = wave.ids[rows], [wave.candidates[row] for row in rows]
+        self.waves = [wave for wave in self.waves if wave.candidates]
+        if not kept:
+            self.cache = self.mask = None
+            return
+        index = torch.tensor(kept, device=self.positions.device)
+        self.cache.batch_select_indices(index)
+        self.positions = self.positions[index]
+        self.mask = self.mask[index] if self.mask is not None else None
+        if self.joins:
+            trim_cache(self.cache)
+
+    def _forward(self) -> None:
+        tokens = torch.cat([wave.ids[:, -1:] for wave in self.waves])
+        self.positions = self.positions + 1
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, 1), value=1)
+        outputs = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.cache = outputs.past_key_values
+        self.logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        self.steps += 1
+        self.row_steps += len(tokens)
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """What rows that have finished are filled with."""
+    token = config._pad_token_tensor
+    return 0 if token is None else int(token)
+
+
+def check_joinable(cache: Cache) -> None:
+    """ValueError where a layer does not say at which positions its keys are."""
+    for layer in cache.layers:
+        if not isinstance(layer, PatternLayer) or layer.positions is None:
+            raise ValueError(
+                f"the model's cache has a {type(layer).__name__}, in which rows of different prompts cannot be joined; convert the"
+                " checkpoint with convert_checkpoint, or pass HierarchicalCandidates to generate() as custom_generate"
+            )
+
+
+def join_caches(cache: Cache, other: Cache) -> None:
+    """Appends the rows of `other` to those of `cache`. Both hold `PatternLayer`s that know their keys' positions."""
+    for layer, added in zip(cache.layers, other.layers, strict=True):
+        width = max(layer.keys.shape[2], added.keys.shape[2])
+        for name in ("keys", "values", "clusters"):
+            if getattr(layer, name, None) is not None:
+                parts = [F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (getattr(layer, name), getattr(added, name))]
+                setattr(layer, name, torch.cat(parts))
+        parts = [F.pad(x, (width - x.shape[1], 0), value=-1) for x in (layer.positions, added.positions)]
+        layer.positions = torch.cat(parts)
+        layer.next_positions = torch.cat((layer.next_positions, added.next_positions))
+        layer.seen = max(layer.seen, added.seen)
+
+
+def trim_cache(cache: Cache) -> None:
+    """Drops the slots in front that are empty in all rows, so that the cache is as long as its longest row."""
+    for layer in cache.layers:
+        used = (layer.positions >= 0).any(0)
+        first = int(used.long().argmax())
+        if first:
+            for name in ("keys", "values", "clusters"):
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, getattr(layer, name)[:, :, first:])
+            layer.positions = layer.positions[:, first:]
+        layer.seen = int(layer.next_positions.max())
