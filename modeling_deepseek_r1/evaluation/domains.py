@@ -42,14 +42,14 @@ class DomainResult:
     """One model.
 
     Attributes:
-        losses: text -> mean negative log-likelihood of a token, in nats.
-        scored_tokens: text -> number of tokens that `losses` is the mean of.
+        losses: text -> mean negative log-likelihood of a token, in nats; all but the first token of a window count.
+        window_losses: text -> the same of each window, to compare models window by window.
         context_length: tokens of a window.
         layers: of the sparse layers; empty for a model without experts.
     """
 
     losses: dict[str, float]
-    scored_tokens: dict[str, int]
+    window_losses: dict[str, list[float]]
     context_length: int
     layers: list[ExpertLayer]
 
@@ -87,18 +87,20 @@ def measure_domains(
     check_output_head(model, next(iter(texts.values()))[0])
     routers = expert_routers(model)
     losses, usage, done = {}, {}, 0
+    total = sum(len(windows) for windows in texts.values())
     for name, windows in texts.items():
         usage[name] = [ExpertUsage(router.domains) for router in routers.values()]
-        total = 0.0
+        losses[name] = []
         with _counting(list(routers.values()), usage[name]):
             for window in windows.to(model.device).split(1):
-                total += float(token_nll(model, hidden_states(model, window)[0][:, :-1], window[:, 1:]).double().sum())
+                hidden, _ = hidden_states(model, window)
+                losses[name].append(float(token_nll(model, hidden[:, :-1], window[:, 1:]).mean()))
                 done += 1
                 if on_progress is not None:
-                    on_progress(done, sum(len(windows) for windows in texts.values()))
-        losses[name] = total / windows[:, 1:].numel()
+                    on_progress(done, total)
     layers = [_layer(number, {name: rows[row] for name, rows in usage.items()}) for row, number in enumerate(routers)]
-    return DomainResult(losses, {name: windows[:, 1:].numel() for name, windows in texts.items()}, lengths.pop(), layers)
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    return DomainResult(means, losses, lengths.pop(), layers)
 
 
 def expert_routers(model) -> dict[int, DeepseekR1ExpertRouter]:

@@ -74,13 +74,11 @@ def heat_map(experts: Mapping[str, Mapping[str, Any]], path: str | Path) -> None
             image = picture.draw(axes, name, largest)
             axes.set_title(f"{name} text" if len(pictures) == 1 else f"{name} text, {label}", fontsize=10, fontweight="bold")
         row[0].set_ylabel("layer")
-    fair = sorted(
-        {100 / len(next(iter(layer["shares"].values()))) for result in experts.values() for layer in result["layers"]}
-    )
+    fair = sorted({100 / sum(layer["domains"].values()) for result in experts.values() for layer in result["layers"]})
     bar = figure.colorbar(image, ax=all_axes, label="share of the text's work, %", aspect=30, pad=0.02)
-    for share in fair:
-        bar.ax.axhline(share, color="white", linewidth=1.5)
-        bar.ax.annotate("fair share", (0.5, share), (0, 2), textcoords="offset points", color="white", fontsize=6, ha="center")
+    bar.ax.hlines(fair, *bar.ax.get_xlim(), color="white", linewidth=1.5)
+    bar.ax.set_yticks(fair, [f"fair {share:.3g}" for share in fair], fontsize=8, minor=True)
+    figure.supxlabel("Framed: the experts of the text's own domain", fontsize=8, color="#555555")
     figure.savefig(path, dpi=150)
 
 

@@ -24,7 +24,7 @@ def test_shares_purity_and_losses_are_those_of_the_model():
             output = model(windows, labels=windows)
             routed = model.model(windows, output_router_logits=True).routed
         assert result.losses[name] == pytest.approx(output.loss.item(), rel=1e-5)
-        assert result.scored_tokens[name] == windows[:, 1:].numel()
+        assert len(result.window_losses[name]) == len(windows)
         for layer, chosen in zip(result.layers, routed, strict=True):
             slots = chosen.top_k_index[chosen.top_k_weights > 0]
             shares = [(slots == expert).float().mean().item() for expert in range(len(layer.shares[name]))]
@@ -87,7 +87,7 @@ def test_the_command_prints_and_draws(experts, capsys):
     assert "| experts | entropy of use |" in printed and "| layer 1 |" in printed
     assert (experts / "map.png").read_bytes().startswith(b"\x89PNG")
     result = read_report(experts / "r.json")["domains"]
-    assert result["dense"]["layers"] == [] and result["experts"]["scored_tokens"] == {"code": 598, "prose": 598}
+    assert result["dense"]["layers"] == [] and len(result["experts"]["window_losses"]["prose"]) == 2
     for wrong, message in (
         ((experts / "dense", *arguments, "--heat-map", experts / "map.png"), "no model has experts"),
         ((experts / "dense", "--tasks", "perplexity", "--heat-map", experts / "map.png"), "belongs to --tasks domains"),
