@@ -131,10 +131,8 @@ def run(args: argparse.Namespace) -> None:
     models, tokenizer = _load(checkpoints, DTYPES[args.dtype])
     for blocks in args.mean_blocks:
         models[f"{blocks} mean blocks"] = _with_mean_blocks(models, blocks)
-    if args.heat_map is not None and not any(expert_routers(model) for model in models.values()):
-        raise ValueError("--heat-map: no model has experts to draw")
     input_ids = encode_text(tokenizer, text)[args.skip_tokens :]
-    _check_lengths(args, models, input_ids.numel())
+    _check_models(args, models, input_ids.numel())
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "environment": environment(next(iter(models.values()))),
@@ -244,7 +242,9 @@ def _with_mean_blocks(models: dict[str, Any], blocks: int):
     return model
 
 
-def _check_lengths(args: argparse.Namespace, models: dict[str, Any], text_tokens: int) -> None:
+def _check_models(args: argparse.Namespace, models: dict[str, Any], text_tokens: int) -> None:
+    if args.heat_map is not None and not any(expert_routers(model) for model in models.values()):
+        raise ValueError("--heat-map: no model has experts to draw")
     longest = max(args.lengths)
     needed = {
         "perplexity": longest * args.windows,

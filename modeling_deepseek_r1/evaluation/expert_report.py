@@ -75,7 +75,8 @@ def heat_map(experts: Mapping[str, Mapping[str, Any]], path: str | Path) -> None
             axes.set_title(f"{name} text" if len(pictures) == 1 else f"{name} text, {label}", fontsize=10, fontweight="bold")
         row[0].set_ylabel("layer")
     fair = sorted({100 / sum(layer["domains"].values()) for result in experts.values() for layer in result["layers"]})
-    bar = figure.colorbar(image, ax=all_axes, label="share of the text's work, %", aspect=30, pad=0.02)
+    bar = figure.colorbar(image, ax=all_axes, aspect=30, pad=0.02)
+    bar.set_label("share of the text's work, %", labelpad=12)
     bar.ax.hlines(fair, *bar.ax.get_xlim(), color="white", linewidth=1.5)
     bar.ax.set_yticks(fair, [f"fair {share:.3g}" for share in fair], fontsize=8, minor=True)
     figure.supxlabel("Framed: the experts of the text's own domain", fontsize=8, color="#555555")
@@ -122,7 +123,12 @@ class _Picture:
         style = {"fontweight": "bold"} if own else {}
         axes.text(start + (size - 1) / 2, first + 0.1, domain, ha="center", va="center", fontsize=9, **style)
         if own:
-            frame = [start - 0.5, start + size - 0.5], [first + 0.5, first + count + 0.5]
-            (left, right), (top, bottom) = frame
-            outline = [left, right, right, left, left], [top, top, bottom, bottom, top]
-            axes.plot(*outline, color="#D55E00", linewidth=2.5, clip_on=False)
+            left, right, top, bottom = start - 0.5, start + size - 0.5, first + 0.5, first + count + 0.5
+            axes.plot(
+                [left, right, right, left, left],
+                [top, top, bottom, bottom, top],
+                color="#D55E00",
+                linewidth=2.5,
+                clip_on=False,
+                zorder=3,
+            )
