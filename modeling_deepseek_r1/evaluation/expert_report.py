@@ -1,4 +1,4 @@
-"""Table and heat map of what `experts.experts_result` holds, for one or several models."""
+"""Table and heat map of how models use their experts, from what `domains.measure_domains` has counted."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -15,7 +15,7 @@ def expert_table(experts: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table per model, a row per sparse layer and one for all of them.
 
     Args:
-        experts: label -> `experts_result` of a model.
+        experts: label -> `DomainResult.to_dict` of a model with experts.
     """
     return "\n".join(_model_table(label, result) for label, result in experts.items())
 
@@ -50,7 +50,7 @@ def heat_map(experts: Mapping[str, Mapping[str, Any]], path: str | Path) -> None
     The experts of a domain stand together under its name; those of the domain that a text is named after are framed.
 
     Args:
-        experts: label -> `experts_result` of a model; all of the same texts.
+        experts: label -> `DomainResult.to_dict` of a model with experts; all of the same texts.
         path: its suffix is the format.
 
     Raises:
