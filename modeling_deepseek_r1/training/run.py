@@ -179,6 +179,8 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "weight_decay": recipe.weight_decay,
         "label_smoothing_factor": recipe.label_smoothing,
         "seed": recipe.seed,
+        # Without being told so, transformers refuses bf16 where there is no accelerator.
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": recipe.precision == "bf16",
         "fp16": recipe.precision == "fp16",
         checkpointing: recipe.checkpointing,
