@@ -5,8 +5,8 @@ python scripts/benchmark_training.py            goes on where an earlier call wa
 All start from the same function and see the same batches. "experts" trains a low-rank delta per expert and the routers of the
 upper half of the layers, "dense" the whole MLPs of the same layers, more than three times as many weights, and "dense, adapters"
 low-rank adapters on the MLPs of all layers, equally many weights, all of which every token uses. Each learning rate is the best
-of those tried in runs of 60 steps: 1e-3, 2e-3, 4e-3 for experts; 1e-4, 2e-4, 3e-4 for MLPs; 2e-4, 5e-4, 1e-3 for adapters (there
-in the upper half alone).
+of those tried in runs of 60 steps: 1e-3, 2e-3, 4e-3 for experts; 1e-4, 2e-4, 3e-4 for MLPs; 2e-4, 5e-4 for adapters (there in the
+upper half alone).
 """
 
 import argparse
@@ -80,6 +80,7 @@ def measured(checkpoint: Path, texts: dict[str, tuple[Path, Path]], windows: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--models", nargs="+", choices=list(RUNS), default=list(RUNS), help="(default: all)")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of each domain (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="results/smollm2_experts_training.json")
@@ -87,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     texts = write_domain_texts(MODELS / "two_domains")
     models = {}
-    for label in RUNS:
+    for label in args.models:
         start = converted(label, texts)
         end = trained(label, start, MODELS / "two_domains" / "train.jsonl", args.steps)
         log = json.loads((end / "training.json").read_text())

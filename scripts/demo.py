@@ -85,7 +85,7 @@ def experts(dense: Path) -> None:
     step(
         "Train the experts and their routers on code and prose",
         *("train", made, data / "train.jsonl", "--output", trained, "--overwrite", "--max-steps", "100"),
-        *("--length", "256", "--packing", "concatenate", "--accumulation", "1", "--learning-rate", "1e-3", "--freeze", *frozen),
+        *("--length", "256", "--packing", "concatenate", "--accumulation", "1", "--learning-rate", "2e-3", "--freeze", *frozen),
     )
     step(
         "Measure on code and prose that nobody has trained on, before and after",

@@ -139,9 +139,11 @@ def training_table(result: dict) -> str:
     for label, weights, found in rows:
         lines.append(f"| {label} | {weights} | " + " | ".join(f"{found['losses'][name]:.3f}" for name in domains) + " |")
     differences = [
-        f"{name} {mean:+.3f} ± {error:.3f}"
+        f"{mean:+.3f} ± {error:.3f} ({name}, {label})"
+        for label in models
+        if label != "experts"
         for name in domains
-        for mean, error in [_difference(models, name, "experts", "dense")]
+        for mean, error in [_difference(models, name, "experts", label)]
     ]
     before, after = (models["experts"][when]["mean"] for when in ("before", "after"))
     purity = ", ".join(f"{name} {after['purity'][name]:.0%} ({before['purity'][name]:.0%})" for name in domains)
@@ -149,8 +151,8 @@ def training_table(result: dict) -> str:
         "",
         f"{settings['steps']} steps of {settings['batch_size'] * settings['accumulation']} x {settings['length']} tokens;"
         f" {settings['num_experts']} experts of rank {settings['expert_rank']}, {settings['num_experts_per_tok']} per token, in"
-        f" {len(settings['expert_layers'])} of 30 layers. Loss with experts less the dense model's, with the standard error of the"
-        f" difference over windows: {', '.join(differences)}. Experts after (before) the training: entropy of use"
+        f" {len(settings['expert_layers'])} of 30 layers. Loss with experts less that of the others, with the standard error of the"
+        f" difference over {settings['windows']} windows: {', '.join(differences)}. Experts after (before) the training: entropy of use"
         f" {after['relative_entropy']:.3f} ({before['relative_entropy']:.3f}) of 1, the least used one of all layers gets"
         f" {after['least_used']:.2f} ({before['least_used']:.2f}) of a fair share, held-out tokens whose best expert is of their domain:"
         f" {purity}.",
