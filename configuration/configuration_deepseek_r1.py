@@ -62,7 +62,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             Width of an expert that every token gets besides, under a sigmoid gate of its own (Qwen2-MoE); None = there is none.
         norm_topk_prob (`bool`): whether the weights of a token's experts are made to sum to one.
         router_aux_loss_coef (`float`):
-            Weight of the routers' auxiliary loss. It is part of the training loss of every model with experts; 0 = never.
+            Weight of the routers' auxiliary loss. It is part of the training loss of every model with experts; 0 = never, and
+            always 0 without experts.
         output_router_logits (`bool`): return `router_logits` and `aux_loss`, and add the latter to `loss` in evaluation too.
         mlp_layer_types (`list[str]`, *optional*):
             `"dense"` or `"sparse"` per layer. Default: all sparse where there are experts.
@@ -170,6 +171,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     def _complete_experts(self, by_layer: dict[int, dict[str, Any]]) -> None:
         """Derives what a mixture of experts leaves open; the number of experts of a layer is that of its stage."""
         if not self.num_experts and self.routing is None:
+            # Trainers with a balance loss of their own (TRL's) take a coefficient for a sign that there are experts.
+            self.router_aux_loss_coef = 0.0
             return
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers

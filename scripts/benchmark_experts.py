@@ -1,4 +1,4 @@
-"""Times the experts of a sparse layer against a dense MLP and transformers' implementations; writes results/experts.json.
+"""Times the experts of a sparse layer against a dense MLP and transformers' implementations; writes results/expert_layer.json.
 
 python scripts/benchmark_experts.py --threads 1
 """
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float32"])
     parser.add_argument("--repeats", type=int, default=5, help="samples of each variant (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", default="results/experts.json")
+    parser.add_argument("--output", default="results/expert_layer.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = measure_experts(

@@ -1,13 +1,17 @@
 """`make run`: a checkpoint that exists becomes a long-context one, and both are put to work, on real weights and real text.
 
 SmolLM2-135M-Instruct comes as a Python package (4-bit GGUF). It is converted, asked a question, made to continue a text, and
-measured beside transformers' own Llama class in one run. Results go to runs/demo/.
+measured beside transformers' own Llama class in one run. Then it gets experts, which are trained on code and prose. Results go to
+runs/demo/.
 """
 
 import importlib.util
+import shlex
 import sys
 import time
 from pathlib import Path
+
+from two_domains import write_domain_texts
 
 from modeling_deepseek_r1.cli import main
 
@@ -27,7 +31,7 @@ def packaged_checkpoint() -> Path:
 
 def step(title: str, *arguments: str | Path) -> None:
     """Runs one command of the library, showing it as it would be typed."""
-    print(f"\n== {title}\n$ deepseek-r1 {' '.join(f'{a!r}' if ' ' in str(a) else str(a) for a in arguments)}", flush=True)
+    print(f"\n== {title}\n$ deepseek-r1 {shlex.join(map(str, arguments))}", flush=True)
     code = main([str(argument) for argument in arguments])
     if code:
         raise SystemExit(code)
@@ -61,7 +65,34 @@ def run() -> None:
         *("--skip-tokens", "20000", "--lengths", "1024", "4096", "--windows", "2", "--repeats", "1"),
         *("--output", RUNS / "result.json", "--table", RUNS / "table.md", "--plot", RUNS / "plot.png"),
     )
-    print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Look at {RUNS}/plot.png and {RUNS}/table.md.")
+    experts(dense)
+    print(
+        f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Look at {RUNS}/plot.png, {RUNS}/experts.png and the tables beside."
+    )
+
+
+def experts(dense: Path) -> None:
+    """Experts for two domains: made, trained shortly, and measured beside the dense model."""
+    made, trained, data = RUNS / "smollm2-experts", RUNS / "smollm2-experts-trained", RUNS / "texts"
+    texts = write_domain_texts(data)
+    step(
+        "Give the upper half of the layers 8 low-rank experts each, 4 for code and 4 for prose: still the same function",
+        *("convert", dense, made, "--overwrite", "--experts", "8", "--expert-rank", "16"),
+        *("--expert-layers", ",".join(str(layer) for layer in range(15, 30))),
+        *("--domains", *(f"{domain}={own}" for domain, (own, _) in texts.items())),
+    )
+    frozen = ["model.embed_tokens.*", "*norm*", "*_proj.weight"]
+    step(
+        "Train the experts and their routers on code and prose",
+        *("train", made, data / "train.jsonl", "--output", trained, "--overwrite", "--max-steps", "100"),
+        *("--length", "256", "--packing", "concatenate", "--accumulation", "1", "--learning-rate", "2e-3", "--freeze", *frozen),
+    )
+    step(
+        "Measure on code and prose that nobody has trained on, before and after",
+        *("evaluate", made, "--against", trained, "--labels", "before", "after", "--tasks", "domains"),
+        *("--lengths", "256", "--windows", "8", "--domains", *(f"{domain}={aside}" for domain, (_, aside) in texts.items())),
+        *("--output", RUNS / "experts.json", "--table", RUNS / "experts.md", "--heat-map", RUNS / "experts.png"),
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python scripts/render_readme.py --check    exit code 1 if a file is not what it 
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,8 +21,10 @@ COMMANDS = {
     "attention_layer": "benchmark_attention.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
+    "expert_layer": "benchmark_experts.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
+    "smollm2_experts_training": "benchmark_training.py",
     "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
@@ -155,11 +158,74 @@ def healing_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def expert_table(result: dict) -> str:
+    """Rows: dtype and number of tokens; columns: the time of our experts, and how many times as long the others take."""
+    names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["forward_speedups"]))
+    others = ["dense MLP" if name == "dense" else f"`{name}`" for name in names]
+    header = ["dtype", "tokens", "ours", *others, "ours, with backward", *others]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    for cell in result["cells"]:
+        row = [cell["dtype"], f"{cell['tokens']:,}"]
+        for what in ("forward", "forward_backward"):
+            taken, ratios = cell[what], cell[f"{what}_speedups"]
+            row.append(f"{1e3 * taken['ours']['median']:.2f} ms" if taken else "")
+            row += [f"{ratios[name]['median']:.2f}x" if name in ratios else "" for name in names]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += [
+        "",
+        f"{result['num_experts']} experts of width {result['moe_intermediate_size']}, {result['num_experts_per_tok']} per token, hidden"
+        f" size {result['hidden_size']}, {result['environment']['threads']} thread(s). The dense MLP is as wide as a token's experts"
+        " together; in code: transformers' implementations. Their time over ours: above 1, ours is faster.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def training_table(result: dict) -> str:
+    """Rows: before, and both models after the training; columns: held-out loss by domain. Below: what the routers do."""
+    models, settings = result["models"], result["settings"]
+    domains = list(models["dense"]["before"]["losses"])
+    lines = ["| | trained weights | " + " | ".join(f"held-out loss, {name}" for name in domains) + " |"]
+    lines.append("|---|" + "--:|" * (len(domains) + 1))
+    rows = [("SmolLM2", "", models["dense"]["before"])]
+    rows += [(label, f"{models[label]['trainable'] / 1e6:.1f}M", models[label]["after"]) for label in models]
+    for label, weights, found in rows:
+        lines.append(f"| {label} | {weights} | " + " | ".join(f"{found['losses'][name]:.3f}" for name in domains) + " |")
+    differences = [
+        f"{mean:+.3f} ± {error:.3f} ({name}, {label})"
+        for label in models
+        if label != "experts"
+        for name in domains
+        for mean, error in [_difference(models, name, "experts", label)]
+    ]
+    before, after = (models["experts"][when]["mean"] for when in ("before", "after"))
+    purity = ", ".join(f"{name} {after['purity'][name]:.0%} ({before['purity'][name]:.0%})" for name in domains)
+    lines += [
+        "",
+        f"{settings['steps']} steps of {settings['batch_size'] * settings['accumulation']} x {settings['length']} tokens;"
+        f" {settings['num_experts']} experts of rank {settings['expert_rank']}, {settings['num_experts_per_tok']} per token, in"
+        f" {len(settings['expert_layers'])} of 30 layers. Loss with experts less that of the others, with the standard error of the"
+        f" difference over {settings['windows']} windows: {', '.join(differences)}. Experts after (before) the training: entropy of use"
+        f" {after['relative_entropy']:.3f} ({before['relative_entropy']:.3f}) of 1, the least used one of all layers gets"
+        f" {after['least_used']:.2f} ({before['least_used']:.2f}) of a fair share, held-out tokens whose best expert is of their domain:"
+        f" {purity}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _difference(models: dict, name: str, first: str, second: str) -> tuple[float, float]:
+    """Mean and standard error of what the first model's loss is above the second one's, window by window."""
+    pairs = zip(*(models[label]["after"]["window_losses"][name] for label in (first, second)), strict=True)
+    differences = [one - other for one, other in pairs]
+    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
 TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
     "smollm2_healing": healing_table,
+    "expert_layer": expert_table,
+    "smollm2_experts_training": training_table,
     "smollm2_generation": generation_table,
     "smollm2_routing": routing_table,
     "smollm2_patterns": pattern_table,

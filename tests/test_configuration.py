@@ -84,6 +84,8 @@ def test_no_experts_means_no_mixture():
     for experts in (None, 0):
         config = tiny_config("full", num_experts=experts)
         assert config.mlp_layer_types is None and not any(config.is_sparse(layer) for layer in range(3))
+        # TRL would look for the router's logits otherwise.
+        assert config.router_aux_loss_coef == 0.0
 
 
 def test_experts_keep_their_numbers_when_a_file_is_read(tmp_path):

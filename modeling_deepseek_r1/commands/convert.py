@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ..configuration.presets import LAYER_LETTERS, PRESETS
+from .arguments import domain_files, domain_text
 
 PATTERN_ARGUMENTS = (
     "preset",
@@ -127,7 +128,7 @@ def _add_expert_arguments(parser: argparse.ArgumentParser) -> None:
     experts.add_argument(
         "--domains",
         nargs="+",
-        type=_domain_text,
+        type=domain_text,
         metavar="DOMAIN=FILE",
         help="UTF-8 texts (or prose, code: the built-in ones) by which the router tells domains apart; a domain may have several."
         " Without --expert-topology, all domains get equally many experts",
@@ -149,18 +150,11 @@ def _layers(value: str) -> str | list[int]:
     return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
 
 
-def _domain_text(value: str) -> tuple[str, str]:
-    domain, _, file = value.partition("=")
-    if not domain or not file:
-        raise argparse.ArgumentTypeError(f"{value!r} is not DOMAIN=FILE")
-    return domain, file
-
-
 def _expert_arguments(args: argparse.Namespace) -> dict[str, object]:
     """What is given, by option."""
     given = {name: getattr(args, name) for name in EXPERT_ARGUMENTS if getattr(args, name) is not None}
     if args.domains:
-        given["domains"] = {domain: [file for name, file in args.domains if name == domain] for domain, _ in args.domains}
+        given["domains"] = domain_files(args.domains)
     return given
 
 

@@ -1,4 +1,4 @@
-"""`deepseek-r1 evaluate CHECKPOINT [--against CHECKPOINT ...]`: perplexity, retrieval, speed and memory in one run."""
+"""`deepseek-r1 evaluate CHECKPOINT [--against CHECKPOINT ...]`: quality, experts, speed and memory in one run."""
 
 import argparse
 import copy
@@ -20,6 +20,7 @@ from ..evaluation import (
     load_model,
     load_tokenizer,
     markdown_table,
+    measure_domains,
     measure_memory,
     measure_speed,
     perplexity,
@@ -27,14 +28,18 @@ from ..evaluation import (
     read_text,
     retrieval,
     text_digest,
+    token_windows,
     write_report,
 )
+from ..evaluation.domains import expert_routers
+from ..evaluation.expert_report import expert_table, heat_map
 from ..evaluation.mean_blocks import use_mean_blocks
 from ..evaluation.retrieval import PROMPTS
 from ..evaluation.scoring import model_context_limit
 from ..evaluation.text import BUILT_IN_TEXTS
+from .arguments import domain_files, domain_text
 
-TASKS = ("perplexity", "retrieval", "speed", "memory")
+TASKS = ("perplexity", "retrieval", "domains", "speed", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--windows", type=int, default=4, metavar="N", help="windows of text per length for perplexity" + default
+    )
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        type=domain_text,
+        default=[(name, name) for name in ("code", "prose")],
+        metavar="DOMAIN=FILE",
+        help="domains: UTF-8 texts of the domains, or the built-in ones; --windows of the longest of --lengths are read of each"
+        " (default: code=code prose=prose)",
+    )
+    parser.add_argument(
+        "--heat-map", type=Path, metavar="FILE.png", help="domains: draw which experts of which layers each domain uses"
     )
     parser.add_argument(
         "--score-from", type=int, default=0, metavar="TOKEN", help="score only later tokens of a window" + default
@@ -115,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     for blocks in args.mean_blocks:
         models[f"{blocks} mean blocks"] = _with_mean_blocks(models, blocks)
     input_ids = encode_text(tokenizer, text)[args.skip_tokens :]
-    _check_lengths(args, models, input_ids.numel())
+    _check_models(args, models, input_ids.numel())
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "environment": environment(next(iter(models.values()))),
@@ -130,6 +147,8 @@ def run(args: argparse.Namespace) -> None:
         result["perplexity"] = _perplexities(args, models, tokenizer, input_ids)
     if "retrieval" in args.tasks:
         result["retrieval"] = _retrievals(args, models, tokenizer, text)
+    if "domains" in args.tasks:
+        result["domains"] = _domains(args, models, tokenizer)
     if "speed" in args.tasks:
         settings = {"lengths": args.lengths, "repeats": args.repeats, "decode_tokens": args.decode_tokens}
         result["speed"] = measure_speed(models, input_ids, **settings, on_progress=_progress("speed")).to_dict()
@@ -154,6 +173,7 @@ _SETTINGS = [
     "depths",
     "planted",
     "mean_blocks",
+    "domains",
     "prompt",
     "repeats",
     "decode_tokens",
@@ -174,11 +194,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--skip-tokens {args.skip_tokens} must be 0 or more")
     if min(args.lengths) < 2:
         raise ValueError(f"--lengths {min(args.lengths)} must be 2 tokens or more")
-    for path in (args.output, args.table, args.plot):
+    if args.heat_map is not None and "domains" not in args.tasks:
+        raise ValueError("--heat-map belongs to --tasks domains")
+    for path in (args.output, args.table, args.plot, args.heat_map):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    if args.plot is not None:
-        check_plot(args.plot)
+    for path in (args.plot, args.heat_map):
+        if path is not None:
+            check_plot(path)
 
 
 def _label(checkpoints: list[str], labels: list[str] | None) -> dict[str, str]:
@@ -219,11 +242,14 @@ def _with_mean_blocks(models: dict[str, Any], blocks: int):
     return model
 
 
-def _check_lengths(args: argparse.Namespace, models: dict[str, Any], text_tokens: int) -> None:
+def _check_models(args: argparse.Namespace, models: dict[str, Any], text_tokens: int) -> None:
+    if args.heat_map is not None and not any(expert_routers(model) for model in models.values()):
+        raise ValueError("--heat-map: no model has experts to draw")
     longest = max(args.lengths)
     needed = {
         "perplexity": longest * args.windows,
         "retrieval": longest,
+        "domains": 0,
         "speed": longest + args.decode_tokens,
         "memory": 0,
     }
@@ -270,6 +296,17 @@ def _retrievals(args: argparse.Namespace, models: dict[str, Any], tokenizer, tex
     }
 
 
+def _domains(args: argparse.Namespace, models: dict[str, Any], tokenizer) -> dict[str, Any]:
+    settings = {"context_length": max(args.lengths), "num_windows": args.windows, "bos_token_id": leading_token_id(tokenizer)}
+    texts = {}
+    for domain, files in domain_files(args.domains).items():
+        try:
+            texts[domain] = token_windows(encode_text(tokenizer, read_text(files))[args.skip_tokens :], **settings)
+        except ValueError as error:
+            raise ValueError(f"--domains {domain}: {error}") from error
+    return {label: measure_domains(model, texts, _progress(f"domains of {label}")).to_dict() for label, model in models.items()}
+
+
 def _progress(what: str) -> Callable[[int, int], None]:
     """One line on stderr that is rewritten on a terminal, and nothing but its last state in a log file."""
 
@@ -285,9 +322,12 @@ def _progress(what: str) -> Callable[[int, int], None]:
 def _publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.output is not None:
         write_report(result, args.output)
-    table = markdown_table(result)
+    experts = {label: measured for label, measured in result.get("domains", {}).items() if measured["layers"]}
+    table = "\n".join([markdown_table(result), *([expert_table(experts)] if experts else [])])
     print(table, end="")
     if args.table is not None:
         args.table.write_text(table, encoding="utf-8")
     if args.plot is not None:
         plot(result, args.plot)
+    if args.heat_map is not None:
+        heat_map(experts, args.heat_map)

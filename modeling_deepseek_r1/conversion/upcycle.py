@@ -74,6 +74,7 @@ def apply_experts(
         expert_topology, num_experts = [_even_topology(list(domain_texts), num_experts)], None
     kinds = _layer_kinds(DEFAULT_EXPERT_LAYERS if expert_layers is None else expert_layers, config.num_hidden_layers)
     fields = config.to_dict() | {"mlp_layer_types": kinds, "num_experts": num_experts, "norm_topk_prob": True}
+    del fields["router_aux_loss_coef"]
     if num_experts_per_tok is not None:
         fields["num_experts_per_tok"] = num_experts_per_tok
     if expert_topology is not None or expert_rank is not None:

@@ -1,5 +1,6 @@
 """Measurements for any transformers causal language model: perplexity, retrieval of planted facts, time and memory."""
 
+from .domains import DomainResult, ExpertLayer, measure_domains
 from .loading import DTYPES, load_model, load_tokenizer
 from .memory import MemoryCell, MemoryResult, measure_memory
 from .perplexity import PerplexityResult, PositionBucket, perplexity
@@ -10,6 +11,8 @@ from .text import encode_text, leading_token_id, read_text, standard_library_tex
 
 __all__ = [
     "DTYPES",
+    "DomainResult",
+    "ExpertLayer",
     "FORMAT_VERSION",
     "Measurement",
     "MemoryCell",
@@ -28,6 +31,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "markdown_table",
+    "measure_domains",
     "measure_memory",
     "measure_speed",
     "perplexity",

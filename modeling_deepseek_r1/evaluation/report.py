@@ -1,8 +1,8 @@
 """One JSON file per evaluation, and the table and the figure made from it.
 
 A result is a dictionary: `format_version`, `environment`, `settings`, `models` (label -> what it is; the first is the baseline)
-and, for each task that ran, `perplexity` (label -> list), `retrieval` (label -> dict), `speed` and `memory`, each made by the
-`to_dict` of that task's result.
+and, for each task that ran, `perplexity` (label -> list), `retrieval` and `domains` (label -> dict), `speed` and `memory`, each
+made by the `to_dict` of that task's result.
 """
 
 import json
@@ -123,6 +123,12 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, int, list[str], list[float]
 
     if "perplexity" in result:
         add("Perplexity", result["perplexity"], lambda c: f"{float(c['perplexity']):.2f}", lambda c: c["perplexity"])
+    for name in next(iter(result.get("domains", {}).values()), {"perplexity": ()})["perplexity"]:
+        cells = {
+            label: [{"length": found["context_length"], "value": found["perplexity"][name]}]
+            for label, found in result["domains"].items()
+        }
+        add(f"Perplexity of {name}", cells, lambda c: f"{float(c['value']):.2f}", lambda c: c["value"])
     if "retrieval" in result:
         cells = {label: result["retrieval"][label]["by_length"] for label in labels}
         add("Retrieval, % (95 % interval)", cells, _accuracy, lambda c: c["accuracy"])
@@ -280,13 +286,18 @@ def check_plot(path: str | Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib writes no such format.
     """
-    formats = _figure_class()().canvas.get_supported_filetypes()
+    formats = figure_class()().canvas.get_supported_filetypes()
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in formats:
         raise ValueError(f"cannot draw {path}: the suffix must be one of {', '.join(sorted(formats))}")
 
 
-def _figure_class():
+def figure_class():
+    """matplotlib's `Figure`, which draws without a display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -309,7 +320,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     if not panels:
         raise ValueError("the result holds no measurement to draw")
     rows, columns = _LAYOUTS[len(panels)]
-    figure = _figure_class()(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.6), layout="constrained")
+    figure = figure_class()(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03, hspace=0.04)
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, axes in zip(panels, all_axes, strict=True):

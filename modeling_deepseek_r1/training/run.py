@@ -211,6 +211,8 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "weight_decay": recipe.weight_decay,
         "label_smoothing_factor": recipe.label_smoothing,
         "seed": recipe.seed,
+        # Without being told so, transformers refuses bf16 where there is no accelerator.
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": recipe.precision == "bf16",
         "fp16": recipe.precision == "fp16",
         checkpointing: recipe.checkpointing,
@@ -223,8 +225,6 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "save_total_limit": recipe.keep,
         "report_to": recipe.report_to,
         **({"max_grad_norm": 0.0} if recipe.clipping == "adaptive" else {}),
-        # Without it transformers refuses bf16 where there is only a CPU.
-        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})

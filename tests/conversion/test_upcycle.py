@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1TextConfig
 from modeling_deepseek_r1.conversion import Calibration, convert_checkpoint, export_checkpoint, source, to_dense
@@ -29,7 +29,7 @@ LOAD_EXPORT = (
     + """
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 model, expected = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True), load_file(sys.argv[2])
 with torch.no_grad():
@@ -134,6 +134,8 @@ def test_what_is_written(tmp_path):
         assert 0.015 < scores.std() < 0.025
         assert torch.equal(scores, copies[f"{prefix}.router.scores.weight"])
         assert torch.equal(stored["model.layers.1.mlp.up_proj.weight"], dense["model.layers.1.mlp.up_proj.weight"])
+    for name in ("copies", "deltas"):
+        assert AutoConfig.from_pretrained(tmp_path / name).router_aux_loss_coef == 0.1
     for part in ("gate_proj", "up_proj", "down_proj"):
         assert torch.equal(deltas[f"{prefix}.experts.{part}.weight"], dense[f"{prefix}.{part}.weight"])
     for part, size in (("gate_up_proj", 48), ("down_proj", 40)):

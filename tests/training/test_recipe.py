@@ -4,6 +4,7 @@ import pytest
 
 from modeling_deepseek_r1.training import Recipe
 from modeling_deepseek_r1.training.recipe import setting_fields
+from modeling_deepseek_r1.training.run import _arguments
 
 
 def from_yaml(tmp_path, text):
@@ -82,3 +83,7 @@ def test_differences_leave_out_how_a_run_is_watched():
 
 def test_every_setting_has_a_line_of_help():
     assert all(metadata["help"] for *_, metadata in setting_fields())
+
+
+def test_bf16_trains_where_there_is_no_accelerator(tmp_path):
+    assert _arguments(Recipe(precision="bf16"), tmp_path / "output").bf16
