@@ -2,11 +2,11 @@
 
 python scripts/benchmark_training.py            goes on where an earlier call was interrupted; MODELS holds what is done
 
-All start from the same function and see the same batches. "experts" trains a low-rank delta per expert and the routers of the
-upper half of the layers, "dense" the whole MLPs of the same layers, more than three times as many weights, and "dense, adapters"
-low-rank adapters on the MLPs of all layers, equally many weights, all of which every token uses. Each learning rate is the best
-of those tried in runs of 60 steps: 1e-3, 2e-3, 4e-3 for experts; 1e-4, 2e-4, 3e-4 for MLPs; 2e-4, 5e-4 for adapters (there in the
-upper half alone).
+All start from the same function and see the same batches. Trained are, "dense": the MLPs of the upper half of the layers; "dense,
+adapters": low-rank adapters on all MLPs; "experts": a low-rank delta per expert and the routers, in the upper half, as many
+weights as the adapters have, of which a token uses a quarter; "experts and MLPs": by the very recipe of "dense", the MLPs that
+experts share as well. Each learning rate is the best of those tried in runs of 60 steps: 1e-4, 2e-4, 3e-4 for dense MLPs; 2e-4,
+5e-4 for adapters (there in the upper half alone); 1e-3, 2e-3, 4e-3 for experts.
 """
 
 import argparse
@@ -35,17 +35,19 @@ MODELS = Path(".cache/benchmark")
 FROZEN = ["model.embed_tokens.*", "*norm*", "*.self_attn.*"]
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "expert_rank": 16, "expert_layers": list(range(15, 30))}
 COMMON = {"length": 256, "packing": "concatenate", "batch_size": 1, "accumulation": 1, "precision": "bf16", "save_steps": 25}
+MLPS = {"freeze": [*FROZEN, "model.layers.?.*", "model.layers.1[0-4].*"], "learning_rate": 2e-4}
 RUNS = {
-    "dense": {"freeze": [*FROZEN, "model.layers.?.*", "model.layers.1[0-4].*"], "learning_rate": 2e-4},
+    "dense": MLPS,
     "dense, adapters": {"lora_rank": 59, "lora_targets": ["mlp"], "learning_rate": 5e-4},
     "experts": {"freeze": [*FROZEN, "*.mlp.*_proj.weight"], "learning_rate": 2e-3},
+    "experts and MLPs": MLPS,
 }
 """Label -> settings of `training.Recipe` besides `COMMON`."""
 
 
 def converted(label: str, texts: dict[str, tuple[Path, Path]]) -> Path:
     """SmolLM2 as it is, or with experts whose domain gates have read some of the training texts."""
-    kind = "experts" if label == "experts" else "dense"
+    kind = label.split(",")[0].split()[0]
     folder = MODELS / f"two_domains_{kind}"
     if not folder.exists():
         domain_texts = {domain: str(own) for domain, (own, _) in texts.items()}
@@ -56,7 +58,7 @@ def converted(label: str, texts: dict[str, tuple[Path, Path]]) -> Path:
 
 def trained(label: str, start: Path, data: Path, steps: int) -> Path:
     """The checkpoint after `steps` steps, trained or trained on where it is not there yet."""
-    folder = MODELS / f"two_domains_{label.replace(', ', '_')}_{steps}_steps"
+    folder = MODELS / f"two_domains_{label.replace(',', '').replace(' ', '_')}_{steps}_steps"
     if not folder.exists():
         settings = {"model": str(start), "data": [str(data)], "output": str(folder), "max_steps": steps, "epochs": 9.0}
         recipe = Recipe().changed({**COMMON, **RUNS[label], **settings})

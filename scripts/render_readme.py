@@ -190,24 +190,33 @@ def training_table(result: dict) -> str:
     rows += [(label, f"{models[label]['trainable'] / 1e6:.1f}M", models[label]["after"]) for label in models]
     for label, weights, found in rows:
         lines.append(f"| {label} | {weights} | " + " | ".join(f"{found['losses'][name]:.3f}" for name in domains) + " |")
+    pairs = [(one, other) for one in models for other in models if one.startswith("experts") and other.startswith("dense")]
     differences = [
-        f"{mean:+.3f} ± {error:.3f} ({name}, {label})"
-        for label in models
-        if label != "experts"
-        for name in domains
-        for mean, error in [_difference(models, name, "experts", label)]
+        f"{one} and {other}: "
+        + ", ".join(
+            f"{name} {mean:+.3f} ± {error:.3f}" for name in domains for mean, error in [_difference(models, name, one, other)]
+        )
+        for one, other in pairs
     ]
-    before, after = (models["experts"][when]["mean"] for when in ("before", "after"))
-    purity = ", ".join(f"{name} {after['purity'][name]:.0%} ({before['purity'][name]:.0%})" for name in domains)
+    routing = [
+        f"{label}: entropy of use {mean['relative_entropy']:.3f}, least used {mean['least_used']:.2f}, purity "
+        + ", ".join(f"{name} {mean['purity'][name]:.0%}" for name in domains)
+        for label, mean in [("before", models["experts"]["before"]["mean"])]
+        + [(label, found["after"]["mean"]) for label, found in models.items() if found["after"]["mean"]]
+    ]
     lines += [
         "",
         f"{settings['steps']} steps of {settings['batch_size'] * settings['accumulation']} x {settings['length']} tokens;"
         f" {settings['num_experts']} experts of rank {settings['expert_rank']}, {settings['num_experts_per_tok']} per token, in"
-        f" {len(settings['expert_layers'])} of 30 layers. Loss with experts less that of the others, with the standard error of the"
-        f" difference over {settings['windows']} windows: {', '.join(differences)}. Experts after (before) the training: entropy of use"
-        f" {after['relative_entropy']:.3f} ({before['relative_entropy']:.3f}) of 1, the least used one of all layers gets"
-        f" {after['least_used']:.2f} ({before['least_used']:.2f}) of a fair share, held-out tokens whose best expert is of their domain:"
-        f" {purity}.",
+        f" {len(settings['expert_layers'])} of 30 layers. Differences of the loss, with their standard error over"
+        f" {settings['windows']} held-out windows; below 0, experts are better:",
+        "",
+        *(f"- {line}" for line in differences),
+        "",
+        "Entropy of use over the experts of a layer (1 = all alike), the least used expert of all layers (1 = a fair share), and how"
+        " many held-out tokens have their best expert in their domain:",
+        "",
+        *(f"- {line}" for line in routing),
     ]
     return "\n".join(lines) + "\n"
 

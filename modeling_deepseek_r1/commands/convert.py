@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ..configuration.presets import LAYER_LETTERS, PRESETS
-from .arguments import domain_files, domain_text
+from ._arguments import domain_files, domain_text
 
 PATTERN_ARGUMENTS = (
     "preset",

@@ -37,7 +37,7 @@ from ..evaluation.mean_blocks import use_mean_blocks
 from ..evaluation.retrieval import PROMPTS
 from ..evaluation.scoring import model_context_limit
 from ..evaluation.text import BUILT_IN_TEXTS
-from .arguments import domain_files, domain_text
+from ._arguments import domain_files, domain_text
 
 TASKS = ("perplexity", "retrieval", "domains", "speed", "memory")
 
