@@ -57,8 +57,8 @@ TASKS = {
     ),
     "windows": (("window", "window + sinks", "half local"), ["4096"], "--tasks", "perplexity", "--windows", "2"),
     "retrieval": (
-        ("window + sinks", "routed", "balanced", "high_accuracy"),
-        *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "4", "--depths", "0.1", "0.4", "0.7"),
+        ("window + sinks", "balanced", "high_accuracy"),
+        *(["4096", "8192"], "--tasks", "retrieval", "--planted", "1", "--questions", "3", "--depths", "0.1", "0.4", "0.7"),
     ),
     "cost": (("window + sinks", "routed", "balanced"), ["1024", "32768"], "--tasks", "speed", "--repeats", "1"),
     "local": (("window + sinks", "half local"), ["1024", "16384"], "--tasks", "speed", "memory", "--repeats", "1"),

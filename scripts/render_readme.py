@@ -28,6 +28,7 @@ COMMANDS = {
     "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
+    "smollm2_retrieval": "benchmark_model.py retrieval --dtype bfloat16",
 }
 """Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""
 
