@@ -19,7 +19,6 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
-    "attention_layer_bfloat16": "benchmark_attention.py --dtypes bfloat16 --compared 8192 --masked 8192",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
@@ -234,7 +233,6 @@ TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
-    "attention_layer_bfloat16": attention_table,
     "smollm2_healing": healing_table,
     "expert_layer": expert_table,
     "smollm2_experts_training": training_table,
