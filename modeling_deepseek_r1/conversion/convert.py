@@ -20,7 +20,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .calibrate import Calibration, as_calibration, fit_routers, load_plain, router_tensors, text_windows
+from .calibrate import Calibration, as_calibration, fit_routers, load_plain, router_tensors, text_windows, window_tokens
 from .domains import Texts, domains_entry, domains_without_text, fit_domain_gates, fitted_layers, read_domains
 from .families import TARGET_MODEL_TYPE
 from .global_tokens import with_global_tokens
@@ -213,7 +213,8 @@ def _fit(
     origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
 ) -> tuple[DeepseekR1ForCausalLM, dict[str, torch.Tensor], list[torch.Tensor]]:
     """The plain model, the router tensors fitted on it, and the text that was not read for them."""
-    windows, held_out = text_windows(source_tokenizer(origin), calibration, calibration.tokens_for(target))
+    sizes = calibration.tokens_for(target), window_tokens(target)
+    windows, held_out = text_windows(source_tokenizer(origin), calibration, *sizes)
     model = _load_plain(origin, target)
     return model, fit_routers(model, target, windows, calibration.seed), held_out
 
