@@ -80,7 +80,7 @@ class DeepseekR1GlobalTokens(RemoteGate):
 class DeepseekR1Router(RemoteGate):
     """Which clusters queries and keys belong to, and how much the remote keys count.
 
-    Centroids and the map of the queries are buffers, fitted to a text (`kmeans.py`, `query_map.py`) and never moved by gradients;
+    Centroids and the map of the queries are buffers, fitted to a text (`kmeans.py`, `fitting.py`) and never moved by gradients;
     the centroids of a model in training follow its keys. A map of zero lets queries look as they are.
 
     Args:

@@ -1,7 +1,7 @@
 """Spherical k-means over keys, and which clusters a key belongs to and a query looks into.
 
 Centroids are unit vectors per key/value head. A key belongs to the centroid with the largest dot product, a query looks into
-the `count` largest (ties to the lower number), after a linear map of its head if there is one (`query_map.py`); both enter before
+the `count` largest (ties to the lower number), after a linear map of its head if there is one (`fitting.py`); both enter before
 rotation, so that a key's cluster does not depend on where it stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
 sees never depends on later ones.)
 

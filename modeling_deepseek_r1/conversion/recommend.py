@@ -173,9 +173,10 @@ class _Switch:
             self.patterns.append(dict(zip(("full_attention", *_KINDS), (AttentionPattern(), routed, local), strict=True)))
             sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
             router = DeepseekR1Router(layer.hidden_size, *sizes, own.num_clusters, own.routed_clusters)
-            for name in ("centroids", "query_map"):
-                router.get_buffer(name).copy_(routers[fitted_name(layer_idx, name)])
-            self.routers.append(router.requires_grad_(False))
+            router.requires_grad_(False)
+            for name, tensor in router.state_dict().items():
+                tensor.copy_(routers[fitted_name(layer_idx, name)])
+            self.routers.append(router)
 
     def to(self, kinds: Sequence[str]) -> None:
         for attention, patterns, router, kind in zip(self.attentions, self.patterns, self.routers, kinds, strict=True):

@@ -1,13 +1,16 @@
-"""A linear map per query head, after which queries find the clusters that hold most of their attention.
+"""What a conversion fits of a routed layer, so that it does what full attention did: maps of queries, and the gates' biases.
 
 A query's largest products with the centroids are not where most of its attention goes: rotation turns the products with single
 keys, and large clusters and long keys weigh more. With m_c the weight that full attention gives to the remote keys of cluster c,
-and cluster scores s = (q + q A) . c, the map of each head minimises
+and cluster scores s = (q + q A) . c, the map A of each head minimises
 
     sum over queries, clusters of  - m_c log softmax_c(s)
 
 which is convex in A. (The indexer of DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, learns from attention weights likewise,
 key by key.) A = 0 leaves queries as they are.
+
+What a query does not find is missing on the remote side alone. The gate g of each head is the one with which outputs come nearest
+to those of full attention, the least sum of squares.
 
 Shapes: H query heads, G key/value heads, C clusters, D head size, S sampled queries, n keys.
 """
@@ -20,6 +23,8 @@ STEPS = 100
 """Of Adam, while the learning rate falls to 0."""
 QUERIES_PER_STEP = 512
 LEARNING_RATE = 0.07
+GATES = (1.0, 1.1, 0.9, 1.2, 0.8, 1.3, 0.7, 1.4, 0.6, 1.5, 0.5, 1.6, 1.7, 1.8, 1.9)
+"""Gates that are tried; of equal ones the first is taken."""
 
 
 @torch.no_grad()
@@ -79,3 +84,40 @@ def fit_query_map(queries: torch.Tensor, mass: torch.Tensor, centroids: torch.Te
         loss.backward()
         optimizer.step()
     return query_map.detach()
+
+
+@torch.no_grad()
+def gate_errors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    local: torch.Tensor,
+    remote: torch.Tensor,
+    positions: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """How far outputs with each of `GATES` are from those of full causal attention: `[gates, H]` sums of squares.
+
+    Args:
+        query: `[H, S, D]`, rotated. positions: `[S]`.
+        key, value: `[G, n, D]`; keys rotated, all from position 0 on.
+        local, remote: `[S, n]` and `[H, S, n]` bool, the keys that a query sees near and far.
+    """
+    hidden = torch.arange(key.shape[1], device=key.device) > positions[:, None]
+    errors = []
+    heads = query.shape[0] // len(key)
+    for group, (queries, keys, values) in enumerate(
+        zip(query.float().chunk(len(key)), key.float(), value.float(), strict=True)
+    ):
+        weights = (queries @ keys.T * scaling).masked_fill_(hidden, float("-inf")).softmax(-1)
+        parts = [weights * local, weights * remote[group * heads : (group + 1) * heads]]
+        sums, outputs = [part.sum(-1, keepdim=True) for part in parts], [part @ values for part in parts]
+        full = weights @ values
+        found = [(outputs[0] + gate * outputs[1]) / (sums[0] + gate * sums[1]) for gate in GATES]
+        errors.append(torch.stack([(output - full).square().sum((1, 2)) for output in found]))
+    return torch.cat(errors, 1)
+
+
+def gate_bias(errors: torch.Tensor) -> torch.Tensor:
+    """`[H]`: the bias b with 2 sigmoid(b) = g for the best gate by `gate_errors`."""
+    return torch.logit(torch.tensor(GATES)[errors.argmin(0).cpu()] / 2)

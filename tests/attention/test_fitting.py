@@ -1,10 +1,10 @@
-"""Maps of queries: fitted to where full attention goes, harmless at zero."""
+"""Maps of queries, harmless at zero, and gates: both fitted to what full attention does."""
 
 import torch
 import torch.nn.functional as F
 
+from modeling_deepseek_r1.attention.fitting import GATES, cluster_mass, fit_query_map, gate_bias, gate_errors
 from modeling_deepseek_r1.attention.kmeans import choose_clusters
-from modeling_deepseek_r1.attention.query_map import cluster_mass, fit_query_map
 
 
 def test_mass_is_what_full_attention_gives_to_the_remote_keys_of_a_cluster():
@@ -44,3 +44,25 @@ def test_a_map_of_zero_changes_nothing_and_no_mass_makes_no_map():
     assert not nothing.any()
     assert torch.equal(choose_clusters(queries, centroids, 3, nothing), choose_clusters(queries, centroids, 3))
     assert not fit_query_map(queries[0, :, :0], torch.zeros(6, 0, 7), centroids).any()
+
+
+def test_gates_make_up_for_what_is_not_found():
+    """Heads that find all remote keys keep a gate of 1; one that finds half of equal keys counts these twice, or nearly."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 5, 8), torch.randn(1, 30, 8), torch.randn(1, 30, 8)
+    # Remote keys and their values come in pairs of equal ones.
+    key[:, 3:20:2], value[:, 3:20:2] = key[:, 2:20:2], value[:, 2:20:2]
+    positions, places = torch.tensor([29, 28, 27, 26, 25]), torch.arange(30)
+    local = (places <= positions[:, None]) & ((places < 2) | (places >= 20))
+    remote = ((places >= 2) & (places < 20)).expand(2, 5, 30).clone()
+    remote[1, :, 3:20:2] = False
+    errors = gate_errors(query, key, value, local, remote, positions, 0.3)
+    torch.testing.assert_close(2 * gate_bias(errors).sigmoid(), torch.tensor([1.0, max(GATES)]))
+
+    def outputs(head, gate):
+        logits = (key[0] @ query[head].T * 0.3).T.exp() * (local + gate * remote[head])
+        return logits / logits.sum(-1, keepdim=True) @ value[0]
+
+    for row, gate in enumerate(GATES):
+        causal = (key[0] @ query[1].T * 0.3).T.masked_fill(places > positions[:, None], float("-inf")).softmax(-1) @ value[0]
+        torch.testing.assert_close(errors[row, 1], (outputs(1, gate) - causal).square().sum())
