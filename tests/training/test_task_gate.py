@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,12 +210,14 @@ def test_what_is_refused():
 
 
 @pytest.mark.slow
-def test_a_real_model_specialises_to_python(tmp_path):
-    """A quarter of SmolLM2's neurons: what code uses least costs a tenth of the loss that any quarter costs."""
-    demo = pytest.importorskip("scripts.demo", exc_type=ImportError)
-    two_domains = pytest.importorskip("scripts.two_domains")
-    convert_checkpoint(demo.packaged_checkpoint(), tmp_path / "model")
-    (own, aside), tokenizer = two_domains.write_domain_texts(tmp_path / "texts")["code"], load_tokenizer(tmp_path / "model")
+def test_a_real_model_specialises_to_python(tmp_path, monkeypatch):
+    """Without the quarter of SmolLM2's neurons that code uses least, the loss rises far less than without any quarter."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    from demo import packaged_checkpoint
+    from two_domains import write_domain_texts
+
+    convert_checkpoint(packaged_checkpoint(), tmp_path / "model")
+    (own, aside), tokenizer = write_domain_texts(tmp_path / "texts")["code"], load_tokenizer(tmp_path / "model")
 
     def rows(file, count):
         ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8")[: count * 2000]).input_ids)
@@ -228,4 +231,4 @@ def test_a_real_model_specialises_to_python(tmp_path):
     _, by_chance = specialise(model, chance, keep=0.75, held_out=held_out)
     print(report.summary(), by_chance.summary(), sep="\n")
     assert by_chance.kept == report.kept == dict.fromkeys(range(30), 1152)
-    assert report.loss_after - report.loss_before < 0.3 * (by_chance.loss_after - by_chance.loss_before)
+    assert report.loss_after - report.loss_before < 0.25 * (by_chance.loss_after - by_chance.loss_before)
