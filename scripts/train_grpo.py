@@ -59,11 +59,17 @@ class Questions:
     Args:
         task, options: of reasoning-gym.
         examples, held_out, trained: numbers of questions.
+
+    Raises:
+        ValueError: the task has fewer different questions.
     """
 
     def __init__(self, task: str, options: dict, examples: int, held_out: int, trained: int):
-        self.task = reasoning_gym.create_dataset(task, seed=0, size=2 * (examples + held_out + trained), **options)
+        wanted = examples + held_out + trained
+        self.task = reasoning_gym.create_dataset(task, seed=0, size=2 * wanted, **options)
         distinct = list({entry["question"]: number for number, entry in enumerate(self.task)}.values())
+        if len(distinct) < wanted:
+            raise ValueError(f"{task} with {options} has {len(distinct)} different questions, and {wanted} are needed")
         self.examples, rest = distinct[:examples], distinct[examples:]
         self.held_out, self.trained = self.dataset(rest[:held_out]), self.dataset(rest[held_out:][:trained])
 
@@ -75,8 +81,9 @@ class Questions:
 
     @staticmethod
     def solution(entry: dict) -> list[dict[str, str]]:
-        thought = entry["metadata"].get("expression", entry["question"])
-        answer = f"<think>{thought} = {entry['answer']}</think> {entry['answer']}"
+        expression = entry["metadata"].get("expression")
+        thought = f"{expression} = {entry['answer']}" if expression else f"It must be {entry['answer']}."
+        answer = f"<think>{thought}</think> {entry['answer']}"
         return [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": answer}]
 
     def format_reward(self, completions: list[list[dict[str, str]]], **columns) -> list[float]:
@@ -108,7 +115,7 @@ def measured(model, tokenizer, questions: Questions, length: int) -> dict:
         inputs = tokenizer.apply_chat_template(
             rows[start : start + 8]["prompt"], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        ids = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length)
+        ids = model.generate(**inputs.to(model.device), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length)
         texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     scores = [questions.answer_score(text, number) for text, number in zip(texts, rows["number"], strict=True)]
     formats = [format_score(text) for text in texts]

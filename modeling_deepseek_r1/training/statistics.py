@@ -1,4 +1,5 @@
-"""What callbacks have in common that move buffers by statistics, and those that keep a history of their own."""
+"""What callbacks have in common that move buffers by statistics, and those that keep a history of their own; and how texts are
+read to measure something."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

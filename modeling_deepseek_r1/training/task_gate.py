@@ -46,15 +46,17 @@ class TaskGate(nn.Module):
     Attributes:
         weight: W, `[I, H]` float32, zero at the start and common to all tasks.
         scales: e, `[tasks, I]` float32, one at the start.
-        task: number of the task, or None: the gate does nothing.
+        tasks: their names.
+        task: number of the chosen one, or None: the gate does nothing.
     """
 
-    def __init__(self, mlp: DeepseekR1MLP, num_tasks: int):
+    def __init__(self, mlp: DeepseekR1MLP, tasks: Sequence[str]):
         super().__init__()
+        self.tasks = tuple(tasks)
         inner, hidden_size = mlp.gate_proj.weight.shape
         placed = {"dtype": torch.float32, "device": mlp.gate_proj.weight.device}
         self.weight = nn.Parameter(torch.zeros(inner, hidden_size, **placed))
-        self.scales = nn.Parameter(torch.ones(num_tasks, inner, **placed))
+        self.scales = nn.Parameter(torch.ones(len(self.tasks), inner, **placed))
         self.task: int | None = 0
 
     def forward(self, product: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +85,8 @@ def _dense_mlps(model: nn.Module) -> dict[int, DeepseekR1MLP]:
 
 
 def attach_task_gates(model: nn.Module, tasks: Sequence[str]) -> TrainableReport:
-    """Puts a gate on every dense MLP, for the first task, and freezes the rest, except a new classification head.
+    """Puts a gate on every dense MLP, for the first task, and freezes the rest, except a new classification head. Train without
+    weight decay, which would pull the scales of all tasks to zero.
 
     Raises:
         ValueError: gates are there already, a model whose layers all have experts, no task or one twice.
@@ -100,8 +103,7 @@ def attach_task_gates(model: nn.Module, tasks: Sequence[str]) -> TrainableReport
         raise ValueError(f"tasks={tasks!r} must be a list of different names, at least one")
     model.requires_grad_(False)
     for mlp in mlps.values():
-        mlp.task_gate = TaskGate(mlp, len(tasks))
-        mlp.task_gate.tasks = tuple(tasks)
+        mlp.task_gate = TaskGate(mlp, tasks)
     head = getattr(model, "score", None)
     if head is not None:
         head.requires_grad_(True)
@@ -268,7 +270,7 @@ def specialise(
         model: a model of this library itself, without wrapper, with gates; it stays as it is.
         use: what `measure_neurons` says of texts of the task.
         keep: share of the neurons of a layer that stay, in (0, 1]; at least one stays.
-        held_out: batches of the task on which the loss before and after is measured.
+        held_out: batches of the task on which the loss before and after is measured; for a causal language model.
 
     Raises:
         ValueError: a share outside of (0, 1], a wrapped model, no gates, or `use` of another model.

@@ -143,6 +143,8 @@ def test_the_recipe_rewards_the_format_and_the_answer(tmp_path, monkeypatch):
     assert len(asked) == 4 and not asked & {prompt[-1]["content"] for prompt in questions.held_out["prompt"]}
     number = questions.trained["number"][0]
     answer = questions.task[number]["answer"]
+    with pytest.raises(ValueError, match="has .* different questions, and 2001 are needed"):
+        train_grpo.Questions("chain_sum", train_grpo.SUMS, examples=1, held_out=1000, trained=1000)
     for text, by_format, by_answer in (
         (f"<think>so it is</think> {answer}", 1.0, 1.0),
         ("<think>so it is\n</think>\nnine hundred", 1.0, 0.0),
