@@ -122,20 +122,7 @@ def measured(model, tokenizer, questions: Questions, length: int) -> dict:
     return {"format": sum(formats) / len(texts), "answer": sum(scores) / len(texts), "texts": texts[:8]}
 
 
-def main() -> None:
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    source = args.model or CONVERTED
-    if args.model is None and not CONVERTED.exists():
-        print(convert_checkpoint(packaged_checkpoint(), CONVERTED).summary(), flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    options = args.options if args.options is not None else SUMS if args.task == "chain_sum" else {}
-    questions = Questions(args.task, options, args.examples, args.held_out, args.steps * args.questions)
-    before = measured(model, tokenizer, questions, args.completion_length)
-    print(json.dumps(before, indent=2), flush=True)
-    adapted, trained = add_adapters(model, rank=args.rank, targets=("attention", "mlp"))
-    print(trained.summary(), flush=True)
+def make_trainer(args: argparse.Namespace, model, tokenizer, questions: Questions) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=f"{args.output}-run",
         max_steps=args.steps,
@@ -152,7 +139,24 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
     )
     rewards = [questions.format_reward, questions.answer_reward]
-    trainer = GRPOTrainer(adapted, rewards, args=config, train_dataset=questions.trained, processing_class=tokenizer)
+    return GRPOTrainer(model, rewards, args=config, train_dataset=questions.trained, processing_class=tokenizer)
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    source = args.model or CONVERTED
+    if args.model is None and not CONVERTED.exists():
+        print(convert_checkpoint(packaged_checkpoint(), CONVERTED).summary(), flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    options = args.options if args.options is not None else SUMS if args.task == "chain_sum" else {}
+    questions = Questions(args.task, options, args.examples, args.held_out, args.steps * args.questions)
+    before = measured(model, tokenizer, questions, args.completion_length)
+    print(json.dumps(before, indent=2), flush=True)
+    adapted, trained = add_adapters(model, rank=args.rank, targets=("attention", "mlp"))
+    print(trained.summary(), flush=True)
+    trainer = make_trainer(args, adapted, tokenizer, questions)
     trainer.train()
     merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     merged.save_pretrained(args.output)
