@@ -163,6 +163,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             if "routing" in overrides:
                 overrides["routing"] = complete_routing(overrides["routing"], f"layer {layer}: ", has_experts=True)
         self._complete_experts(by_layer)
+        # TRL takes it for granted where a checkpoint's class is none of transformers'; empty, it is not written.
+        kwargs.setdefault("auto_map", {})
         super().__post_init__(**kwargs, per_layer_config=by_layer or None)
         for layer in self.per_layer_config if by_layer else ():
             # Fills in what a rotary type needs, as transformers does for the common `rope_parameters`.
@@ -205,6 +207,8 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         """What config.json holds. transformers reads such files by its base class too (a Trainer that resumes, a tokenizer), which
         refuses layer types that it does not know: a pattern that has some is stored by its letters."""
         fields = super().to_diff_dict()
+        if not fields.get("auto_map"):
+            fields.pop("auto_map", None)
         if set(OWN_LAYER_TYPES) & set(fields.get("layer_types", ())):
             letters = {kind: letter for letter, kind in LAYER_LETTERS.items()}
             fields[STORED_PATTERN] = "".join(letters[kind] for kind in fields.pop("layer_types"))

@@ -163,7 +163,8 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
         position_ids = position_ids.to(inputs.device)
         hidden_states, routed = self._run(inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs)
-        if routed and self.training:
+        # Without gradients nothing is trained: a Trainer generates in this mode, and asks for a reference.
+        if routed and self.training and torch.is_grad_enabled():
             gather_statistics(self.routers, routed, real_tokens(attention_mask, len(routed[0].logits)))
         return self._output(hidden_states, routed, output_router_logits, past_key_values if use_cache else None)
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
     "smollm2_experts_training": "benchmark_training.py",
+    "smollm2_grpo": "train_grpo.py",
     "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
@@ -159,6 +160,24 @@ def healing_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grpo_table(result: dict) -> str:
+    """Rows: steps; columns: mean rewards of what was sampled."""
+    settings, log = result["settings"], result["log"]
+    rows = [("held out, before", result["before"]["format"], result["before"]["answer"])]
+    for start in range(0, len(log), 4):
+        part = log[start : start + 4]
+        means = [statistics.mean(line[f"rewards/{name}_reward/mean"] for line in part) for name in ("format", "answer")]
+        rows.append((f"steps {start + 1}-{start + len(part)}", *means))
+    rows.append(("held out, after", result["after"]["format"], result["after"]["answer"]))
+    lines = ["| | reward for the format | for the answer |", "|---|--:|--:|"]
+    lines += [f"| {name} | {form:.2f} | {answer:.2f} |" for name, form, answer in rows]
+    return "\n".join(lines) + (
+        f"\n\n{settings['task']}, {settings['questions']} x {settings['generations']} answers of at most"
+        f" {settings['completion_length']} tokens a step, {settings['examples']} examples before each question, adapters of rank"
+        f" {settings['rank']}, learning rate {settings['learning_rate']:g}; {settings['held_out']} questions held out.\n"
+    )
+
+
 def expert_table(result: dict) -> str:
     """Rows: dtype and number of tokens; columns: the time of our experts, and how many times as long the others take."""
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["forward_speedups"]))
@@ -233,6 +252,7 @@ TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
+    "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "expert_layer": expert_table,
     "smollm2_experts_training": training_table,

@@ -6,7 +6,11 @@ from transformers.activations import ACT2FN
 
 
 class DeepseekR1MLP(nn.Module):
-    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer; `inner` is another width than its."""
+    """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer; `inner` is another width than its.
+
+    Attributes:
+        task_gate: scales the product, `task_gate(product, x)`, where one is attached (`training/task_gate.py`); else None.
+    """
 
     def __init__(self, config, inner: int | None = None):
         super().__init__()
@@ -16,10 +20,11 @@ class DeepseekR1MLP(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.chunk_size = config.chunk_size_feed_forward
+        self.register_module("task_gate", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self._gated(self.act_fn(self.gate_proj(x)) * self.up_proj(x), x))
         if not 0 < self.chunk_size < x.shape[-2]:
             return self._product(x)
         output = torch.empty_like(x)
@@ -28,4 +33,7 @@ class DeepseekR1MLP(nn.Module):
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)))
+        return self.down_proj(self._gated(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)), x))
+
+    def _gated(self, product: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return product if self.task_gate is None else self.task_gate(product, x)

@@ -20,6 +20,15 @@ from .learning_rate import AdaptiveLearningRate
 from .recipe import Recipe
 from .run import TrainingReport, train_checkpoint
 from .select_experts import ExpertSelection, choose_experts, measure_relevance
+from .task_gate import (
+    attach_task_gates,
+    detach_task_gates,
+    load_task_gates,
+    measure_neurons,
+    save_task_gates,
+    select_task,
+    specialise,
+)
 from .thresholds import ThresholdUpdate, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
@@ -41,21 +50,28 @@ __all__ = [
     "TrainingReport",
     "add_adapters",
     "attach_experts",
+    "attach_task_gates",
     "choose_experts",
     "detach_experts",
+    "detach_task_gates",
     "export_peft",
     "freeze",
     "import_peft",
     "last_checkpoint",
     "load_experts",
+    "load_task_gates",
     "load_teacher",
+    "measure_neurons",
     "measure_relevance",
     "merge_experts",
     "move_balance_biases",
     "move_centroids",
     "move_thresholds",
     "save_experts",
+    "save_task_gates",
+    "select_task",
     "share_weights",
+    "specialise",
     "train_checkpoint",
     "unmerge_experts",
 ]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..modeling_deepseek_r1 import DeepseekR1DecoderLayer
 from ..moe.block import DeepseekR1SparseMoeBlock
+from .statistics import evaluated
 
 RELEVANCE_TOKENS = 65536
 """So many tokens are enough: a mean probability of 0.1 is then known to about a hundredth of itself."""
@@ -98,22 +99,14 @@ def measure_relevance(
         block.router.register_forward_hook(lambda _, __, routed, layer=layer: logits.__setitem__(layer, routed.logits))
         for layer, block in blocks.items()
     ]
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
     try:
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-            inputs.pop("labels", None)
+        for inputs, mask in evaluated(model, batches, max_tokens):
             model(**inputs, use_cache=False)
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().bool()
             for layer, scores in logits.items():
-                mean = scores.softmax(-1)[mask.to(scores.device)].double().sum(0).cpu()
+                mean = scores.softmax(-1)[mask.flatten().to(scores.device)].double().sum(0).cpu()
                 sums[layer] = sums[layer] + mean if layer in sums else mean
             tokens += int(mask.sum())
-            if tokens >= max_tokens:
-                break
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     if not tokens:

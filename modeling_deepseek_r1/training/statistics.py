@@ -1,5 +1,7 @@
-"""What callbacks have in common that move buffers by statistics, and those that keep a history of their own."""
+"""What callbacks have in common that move buffers by statistics, and those that keep a history of their own; and how texts are
+read to measure something."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,26 @@ def reduction():
     """What adds a tensor up over all ranks, in place; None for one process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.all_reduce if distributed else None
+
+
+def evaluated(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], max_tokens: float = float("inf")
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yields the arguments of a forward without labels, and `[batch, n]` bool, false = padding, of batches as a collator makes them,
+    until `max_tokens` real tokens have been yielded. Meanwhile the model is in evaluation mode."""
+    was_training, device, tokens = model.training, next(model.parameters()).device, 0
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            inputs.pop("labels", None)
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            yield inputs, mask
+            tokens += int(mask.sum())
+            if tokens >= max_tokens:
+                break
+    finally:
+        model.train(was_training)
 
 
 class StatisticsUpdate(TrainerCallback):

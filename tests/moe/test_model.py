@@ -301,6 +301,8 @@ def test_recomputation_and_padding_are_not_counted(reentrant):
         router.gathers_statistics = True
     model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
     assert [float(router.statistics[1]) for router in model.model.routers] == [float(mask.sum())] * 3
+    with torch.no_grad():
+        model(ids)  # As a Trainer that generates in training mode.
     model.eval()(ids)
     assert float(model.model.routers[0].statistics[1]) == float(mask.sum())
 
