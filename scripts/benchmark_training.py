@@ -1,6 +1,7 @@
 """Trains SmolLM2-135M dense and with experts on the same tokens of code and prose; writes results/smollm2_experts_training.json.
 
 python scripts/benchmark_training.py            goes on where an earlier call was interrupted; MODELS holds what is done
+python scripts/benchmark_training.py --models "experts and MLPs"       adds to a result of equal settings
 
 All start from the same function and see the same batches. Trained are, "dense": the MLPs of the upper half of the layers; "dense,
 adapters": low-rank adapters on all MLPs; "experts": a low-rank delta per expert and the routers, in the upper half, as many
@@ -89,7 +90,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     texts = write_domain_texts(MODELS / "two_domains")
-    models = {}
+    settings, output = {"steps": args.steps, "windows": args.windows, **EXPERTS, **COMMON}, Path(args.output)
+    earlier = json.loads(output.read_text()) if output.exists() else {}
+    models = earlier["models"] if earlier.get("settings") == settings else {}
     for label in args.models:
         start = converted(label, texts)
         end = trained(label, start, MODELS / "two_domains" / "train.jsonl", args.steps)
@@ -101,9 +104,8 @@ def main() -> None:
             "after": measured(end, texts, args.windows),
             "log": [line for line in log["history"] if "loss" in line],
         }
-    settings = {"steps": args.steps, "windows": args.windows, **EXPERTS, **COMMON}
     report = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings, "models": models}
-    write_report(report, args.output)
+    write_report(report, output)
 
 
 if __name__ == "__main__":
