@@ -3,7 +3,7 @@
 Importing this package registers its models with transformers' Auto classes.
 """
 
-from .configuration import DeepseekR1TextConfig
+from .configuration import DeepseekR1Config, DeepseekR1TextConfig
 from .modeling_deepseek_r1 import (
     DeepseekR1ForCausalLM,
     DeepseekR1ForQuestionAnswering,
@@ -11,6 +11,7 @@ from .modeling_deepseek_r1 import (
     DeepseekR1ForTokenClassification,
     DeepseekR1TextModel,
 )
+from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
 from .registration import register
 
 __version__ = "0.1.0"
@@ -18,10 +19,13 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "DeepseekR1Config",
     "DeepseekR1ForCausalLM",
+    "DeepseekR1ForConditionalGeneration",
     "DeepseekR1ForQuestionAnswering",
     "DeepseekR1ForSequenceClassification",
     "DeepseekR1ForTokenClassification",
+    "DeepseekR1Model",
     "DeepseekR1TextConfig",
     "DeepseekR1TextModel",
 ]

@@ -4,12 +4,15 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from .configuration.configuration_multimodal import DeepseekR1Config
 from .modeling_deepseek_r1 import (
     DeepseekR1ForCausalLM,
     DeepseekR1ForQuestionAnswering,
@@ -17,6 +20,7 @@ from .modeling_deepseek_r1 import (
     DeepseekR1ForTokenClassification,
     DeepseekR1TextModel,
 )
+from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
 
 AUTO_CLASSES = {
     AutoModel: DeepseekR1TextModel,
@@ -26,9 +30,16 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: DeepseekR1ForTokenClassification,
 }
 
+MULTIMODAL_AUTO_CLASSES = {
+    AutoModel: DeepseekR1Model,
+    AutoModelForImageTextToText: DeepseekR1ForConditionalGeneration,
+    AutoModelForMultimodalLM: DeepseekR1ForConditionalGeneration,
+}
+
 
 def register() -> None:
-    """Registers the configuration and the models; may be called again."""
-    AutoConfig.register(DeepseekR1TextConfig.model_type, DeepseekR1TextConfig, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(DeepseekR1TextConfig, model_class, exist_ok=True)
+    """Registers the configurations and the models; may be called again."""
+    for config, classes in ((DeepseekR1TextConfig, AUTO_CLASSES), (DeepseekR1Config, MULTIMODAL_AUTO_CLASSES)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_class, model_class in classes.items():
+            auto_class.register(config, model_class, exist_ok=True)
