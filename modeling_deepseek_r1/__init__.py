@@ -13,6 +13,7 @@ from .modeling_deepseek_r1 import (
 )
 from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
 from .registration import register
+from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "DeepseekR1ForSequenceClassification",
     "DeepseekR1ForTokenClassification",
     "DeepseekR1Model",
+    "DeepseekR1Processor",
     "DeepseekR1TextConfig",
     "DeepseekR1TextModel",
 ]

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
 )
 
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
@@ -21,6 +22,7 @@ from .modeling_deepseek_r1 import (
     DeepseekR1TextModel,
 )
 from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
+from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
 
 AUTO_CLASSES = {
     AutoModel: DeepseekR1TextModel,
@@ -38,8 +40,9 @@ MULTIMODAL_AUTO_CLASSES = {
 
 
 def register() -> None:
-    """Registers the configurations and the models; may be called again."""
+    """Registers configurations, models and the processor; may be called again."""
     for config, classes in ((DeepseekR1TextConfig, AUTO_CLASSES), (DeepseekR1Config, MULTIMODAL_AUTO_CLASSES)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto_class, model_class in classes.items():
             auto_class.register(config, model_class, exist_ok=True)
+    AutoProcessor.register(DeepseekR1Config, DeepseekR1Processor, exist_ok=True)
