@@ -5,8 +5,8 @@ Each modality has a placeholder token. What its encoder makes of an input is fus
 its text model, bit for bit.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,41 +17,22 @@ from transformers.utils import can_return_tuple
 from .configuration.configuration_multimodal import MODALITIES, Bridge, DeepseekR1Config, Structured
 from .modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1PreTrainedModel, DeepseekR1TextModel
 from .moe.losses import share_of_batch
-from .moe.outputs import DeepseekR1CausalLMOutputWithPast, DeepseekR1ModelOutputWithPast
+from .moe.outputs import DeepseekR1ModelOutputWithPast
 from .multimodal.adapter import AudioAdapter, ImageAdapter, RowEncoder
 from .multimodal.alignment import BridgeMemory, alignment_loss, cross_modal_consistency, gather_memory, pooled
 from .multimodal.bridge import DeepseekR1Bridge
 from .multimodal.fusion import GatedFusion, place_features
+from .multimodal.inputs import ENCODER_INPUTS, JOINED_INPUTS, DeepseekR1MultimodalOutput, Joined
+from .multimodal.parts import (
+    extended_config,
+    extended_rows,
+    extended_weights,
+    load_audio,
+    load_vision,
+    prefer_domains,
+    scale_features,
+)
 from .multimodal.towers import AudioTower, VisionTower
-
-ENCODER_INPUTS = {
-    "image": ("pixel_values",),
-    "video": ("pixel_values_videos",),
-    "audio": ("input_features", "input_features_mask"),
-    "structured": ("row_numeric", "row_categorical", "row_missing"),
-}
-"""Modality -> names of its inputs; the first one decides whether there are any."""
-
-JOINED_INPUTS = [name for names in ENCODER_INPUTS.values() for name in names]
-JOINED_INPUTS += ["mm_token_type_ids", "mm_token_times", "mm_encoder_outputs", "bridge_memory"]
-"""What `DeepseekR1Model.join` takes besides ids and their mask."""
-
-
-@dataclass
-class DeepseekR1MultimodalOutput(DeepseekR1CausalLMOutputWithPast):
-    """Adds `consistency` `[batch]`, the cosine of each row's text and features (`multimodal/alignment.py`), and the contrastive
-    `alignment_loss` before its coefficient; both need the bridge."""
-
-    consistency: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
-
-
-class Joined(NamedTuple):
-    """Arguments of the text model, and what was seen on the way."""
-
-    arguments: dict[str, torch.Tensor | BridgeMemory | None]
-    consistency: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
 
 
 class DeepseekR1MultimodalPreTrainedModel(DeepseekR1PreTrainedModel):
@@ -257,6 +238,60 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         self.vocab_size = config.text_config.vocab_size
         self.lm_head = nn.Linear(config.text_config.hidden_size, self.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_text_vision_audio_pretrained(
+        cls,
+        text: str | DeepseekR1ForCausalLM,
+        *,
+        placeholders: dict[str, int],
+        vision: str | nn.Module | None = None,
+        audio: str | nn.Module | None = None,
+        modality_preference: float = 2.0,
+        **fields,
+    ) -> "DeepseekR1ForConditionalGeneration":
+        """A model of trained parts. Adapters, fusion and bridges are new; text alone gives the text model's logits.
+
+        Args:
+            text: converted checkpoint (folder, hub id or model).
+            placeholders: modality -> token id, of "image", "video", "audio", "structured"; new ids extend the vocabulary.
+            vision: checkpoint of DINOv2, SigLIP or CLIP.
+            audio: checkpoint of Whisper, whose encoder is used.
+            modality_preference: how strongly tokens of a modality are sent to the experts of a domain of its name at first.
+            fields: of [`DeepseekR1Config`], e.g. `bridge={"layers": [4, 8]}`; fusion is on unless it is None.
+
+        Raises:
+            ValueError: a part that is not supported, or fields that do not fit together.
+        """
+        text = text if isinstance(text, nn.Module) else DeepseekR1ForCausalLM.from_pretrained(text)
+        towers = load_vision(vision) if vision is not None else None, load_audio(audio) if audio is not None else None
+        encoders = [copy.deepcopy(tower.config) if tower is not None else None for tower in towers]
+        for own in encoders:
+            if own is not None:
+                own.dtype = text.dtype
+        ids = {f"{modality}_token_id": token for modality, token in placeholders.items()}
+        config = extended_config(text.config, max(placeholders.values(), default=0) + 1, len(MODALITIES))
+        fields = {
+            "text_config": config,
+            "vision_config": encoders[0],
+            "audio_config": encoders[1],
+            "fusion": {},
+            **ids,
+            **fields,
+        }
+        model = cls._from_config(cls.config_class(**fields), dtype=text.dtype)
+        weights = extended_weights(text.model.state_dict(), config.vocab_size, len(MODALITIES))
+        model.model.language_model.load_state_dict(weights, strict=False)
+        model.lm_head.load_state_dict({"weight": extended_rows(text.lm_head.weight, config.vocab_size)})
+        for own, tower in zip((model.model.vision_tower, model.model.audio_tower), towers, strict=True):
+            if own is not None:
+                own.encoder.load_state_dict(tower.state_dict())
+        scale_features(model.model, model.get_input_embeddings().weight)
+        layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+        prefer_domains(model.model.routers, [config.expert_domains(layer) for layer in layers], MODALITIES, modality_preference)
+        model.generation_config = copy.deepcopy(text.generation_config)
+        model.generation_config.suppress_tokens = list(placeholders.values())
+        return model
 
     @can_return_tuple
     def forward(

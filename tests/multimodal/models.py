@@ -15,7 +15,14 @@ VISION = {
     "clip_vision_model": CLIPVisionConfig(**SIZES, image_size=28, patch_size=7),
 }
 AUDIO = WhisperConfig(
-    d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8, max_source_positions=30
+    d_model=16,
+    encoder_layers=2,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_layers=1,
+    decoder_attention_heads=2,
+    num_mel_bins=8,
+    max_source_positions=30,
 )
 
 
