@@ -115,11 +115,11 @@ class DeepseekR1Processor(ProcessorMixin):
         given = {"image": images, "video": videos, "audio": audio, "structured": rows}
         given = {modality: _listed(items) for modality, items in given.items() if items is not None}
         self._check_counts(texts, given)
-        data, times = self._encode(given, sampling_rate)
+        data, times = self.encode_inputs(given, sampling_rate)
         texts = self._expand(texts, {modality: [len(item) for item in items] for modality, items in times.items()})
         kwargs.setdefault("padding", return_tensors is not None and len(texts) > 1)
         encoded = self.tokenizer(texts, **kwargs)
-        encoded.update(self._token_kinds(encoded["input_ids"], times))
+        encoded.update(self.token_kinds(encoded["input_ids"], times))
         return BatchFeature({**encoded, **data}, tensor_type=return_tensors)
 
     def apply_chat_template(
@@ -149,7 +149,7 @@ class DeepseekR1Processor(ProcessorMixin):
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = conversation if batched else [conversation]
         inputs = {modality: [] for modality in PLACEHOLDER_TOKENS}
-        plain = [[self._plain_message(message, inputs) for message in messages] for messages in conversations]
+        plain = [[self.plain_message(message, inputs) for message in messages] for messages in conversations]
         template = chat_template or self.chat_template
         prompts = self.tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False, **kwargs)
         if not tokenize:
@@ -162,7 +162,7 @@ class DeepseekR1Processor(ProcessorMixin):
         result = self(text=prompts, **given, **settings)
         return result if return_dict else result["input_ids"]
 
-    def _plain_message(self, message: Mapping[str, Any], inputs: dict[str, list]) -> dict[str, Any]:
+    def plain_message(self, message: Mapping[str, Any], inputs: dict[str, list]) -> dict[str, Any]:
         """The message with text alone as its content; what else it had is added to `inputs`."""
         content = message.get("content")
         if not isinstance(content, list):
@@ -212,7 +212,9 @@ class DeepseekR1Processor(ProcessorMixin):
                         f"text {row} has {count} placeholders {token} but {len(items[row])} inputs of modality {modality!r}"
                     )
 
-    def _encode(self, given: Mapping[str, list], sampling_rate: int | None) -> tuple[dict[str, Any], dict[str, list]]:
+    def encode_inputs(
+        self, given: Mapping[str, list], sampling_rate: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, list]]:
         """Inputs of the encoders, and for each input a list with the time of each of its features."""
         data, times = {}, {}
         if "image" in given:
@@ -255,7 +257,7 @@ class DeepseekR1Processor(ProcessorMixin):
         pattern = re.compile("|".join(re.escape(token) for token in tokens))
         return [pattern.sub(lambda match: match[0] * next(tokens[match[0]]), text) for text in texts]
 
-    def _token_kinds(self, ids: list[list[int]], times: Mapping[str, list[list[float]]]) -> dict[str, list[list]]:
+    def token_kinds(self, ids: list[list[int]], times: Mapping[str, list[list[float]]]) -> dict[str, list[list]]:
         """Modality and, where something has a time, time of each token."""
         kinds = [[0] * len(row) for row in ids]
         moments = [[NO_TIME] * len(row) for row in ids]

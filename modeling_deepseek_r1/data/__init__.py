@@ -3,6 +3,7 @@
 from .collate import CausalCollator, PackedCollator
 from .documents import Documents, DocumentStream
 from .encode import ChatEncoder, ClassificationEncoder, TextEncoder, data_task, make_encoder
+from .multimodal import MultimodalCollator
 from .pack import PackedDocuments, PackedStream, pack_pieces
 from .read import Record, Records, open_data
 
@@ -12,6 +13,7 @@ __all__ = [
     "ClassificationEncoder",
     "DocumentStream",
     "Documents",
+    "MultimodalCollator",
     "PackedCollator",
     "PackedDocuments",
     "PackedStream",
