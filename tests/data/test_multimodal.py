@@ -66,7 +66,7 @@ def test_an_answer_that_the_conversation_changes_is_an_example_of_its_own(proces
         (asked({"type": "image"}), "a block of type 'image' has no input, and the column 'images' has none left"),
         (asked(images=[PICTURE]), "more inputs than blocks for them: 1 of column 'images' are left"),
         (asked({"type": "image", "image": "nowhere.png"}), "image 0 .*cannot be read"),
-        (asked(*[{"type": "image", "image": PICTURE}] * 20), "placeholders up to token 9., but rows have at most 60 tokens"),
+        (asked(*[{"type": "image", "image": PICTURE}] * 20), "placeholders up to token 86, but rows have at most 60 tokens"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the role 'assistant'"),
     ],
 )
