@@ -34,6 +34,8 @@ AUTO_CLASSES = {
 
 MULTIMODAL_AUTO_CLASSES = {
     AutoModel: DeepseekR1Model,
+    # What reads texts alone (evaluation, for one) takes it as a text model.
+    AutoModelForCausalLM: DeepseekR1ForConditionalGeneration,
     AutoModelForImageTextToText: DeepseekR1ForConditionalGeneration,
     AutoModelForMultimodalLM: DeepseekR1ForConditionalGeneration,
 }

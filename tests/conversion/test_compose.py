@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -112,6 +113,23 @@ def test_a_text_checkpoint_that_is_not_converted_yet_and_the_command(parts, tmp_
         torch.testing.assert_close(model(ids).logits[..., : expected.shape[-1]], expected, rtol=1e-4, atol=1e-5)
     assert cli.main([str(part) for part in command]) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_composed_checkpoint_in_the_terminal(parts, tmp_path, capsys):
+    compose_checkpoint(parts / "text", tmp_path / "all", vision=parts / "dinov2", image_size=14)
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    ask = ["--prompt", "What?", "--max-new-tokens", "2", "--temperature", "0"]
+    assert cli.main(["generate", str(tmp_path / "all"), *ask, "--image", str(tmp_path / "a.png"), "--system", "Look."]) == 0
+    assert cli.main(["generate", str(tmp_path / "all"), *ask]) == 0
+    capsys.readouterr()
+    for folder, more, message in (
+        ("text", ["--image", "a.png"], "is a text model; join it with encoders first"),
+        ("all", ["--image", "a.png", "--raw"], "leave out --raw"),
+        ("all", ["--audio", "a.wav"], "1 inputs of modality 'audio' were given"),
+    ):
+        home = parts if folder == "text" else tmp_path
+        assert cli.main(["generate", str(home / folder), *ask, *more]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_half_of_clip(parts, tmp_path):
