@@ -26,7 +26,9 @@ from modeling_deepseek_r1.tokenization.images import read_image
 from modeling_deepseek_r1.training.trainable import add_adapters
 
 MODELS = Path(".cache/benchmark/multimodal")
-IMAGE_SIZE, DOWNSAMPLING = 112, 2
+GRID = 4
+"""Features along the side of a picture."""
+
 # A template of few tokens: the model is small, and so is the time.
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
@@ -50,12 +52,13 @@ class Pictures(torch.utils.data.Dataset):
     Args:
         split: "train" or "test".
         model, processor: encode the pictures, once; the features are kept in a file.
+        image_size: side of a picture for the encoder, in pixels.
     """
 
-    def __init__(self, split: str, model, processor):
+    def __init__(self, split: str, model, processor, image_size: int):
         folder = packaged_file("easy_vqa", f"data/{split}")
         self.questions = json.loads((folder / "questions.json").read_text())
-        file = MODELS / f"{split}_{IMAGE_SIZE}.pt"
+        file = MODELS / f"{split}_{image_size}.pt"
         if not file.exists():
             paths = sorted((folder / "images").glob("*.png"), key=lambda path: int(path.stem))
             grids = []
@@ -82,7 +85,7 @@ class Collate:
         self.processor, self.grids = processor, grids
         self.collate = MultimodalCollator(processor)
         # Placeholders are counted by the size of a picture, whatever is in it.
-        self.blank = torch.zeros(IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8).numpy()
+        self.blank = torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
 
     def messages(self, question: str) -> list[dict]:
         content = [{"type": "image", "image": self.blank}, {"type": "text", "text": question}]
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parser.add_argument("--alignment", type=float, default=0.1, help="weight of the contrastive loss (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=112, help="pixels, a multiple of 56 (default: %(default)s)")
     parser.add_argument("--no-gate", action="store_true", help="features in the place of embeddings")
     parser.add_argument("--no-bridge", action="store_true", help="no cross-attention to the features")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -131,19 +135,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     set_seed(0)
-    folder = MODELS / f"smollm2_dinov2{'_no_gate' * args.no_gate}{'_no_bridge' * args.no_bridge}"
+    size = args.image_size
+    folder = MODELS / f"smollm2_dinov2_{size}{'_no_gate' * args.no_gate}{'_no_bridge' * args.no_bridge}"
     if not folder.exists():
         MODELS.mkdir(parents=True, exist_ok=True)
         options = {"fusion": None if args.no_gate else {}, "bridge": None}
         if not args.no_bridge:
             options["bridge"] = {"layers": [10, 20], "conflict_hidden_size": None, "alignment_loss_coef": args.alignment}
         vision = dinov2_small(MODELS / "dinov2_small")
-        compose_checkpoint(
-            packaged_checkpoint(), folder, vision=vision, image_size=IMAGE_SIZE, vision_downsampling=DOWNSAMPLING, **options
-        )
+        options |= {"image_size": size, "vision_downsampling": size // 14 // GRID}
+        compose_checkpoint(packaged_checkpoint(), folder, vision=vision, **options)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
-    data = {split: Pictures(split, model, processor) for split in ("train", "test")}
+    data = {split: Pictures(split, model, processor, size) for split in ("train", "test")}
     model.model.vision_tower = nn.Identity()
     rows = [data["test"][number] for number in torch.randperm(len(data["test"]))[: args.questions].tolist()]
     test, train = (Collate(processor, data[split].grids) for split in ("test", "train"))

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1Model
+from modeling_deepseek_r1.generation import HierarchicalCandidates
 from modeling_deepseek_r1.multimodal.bridge import DeepseekR1Bridge
 
 from ..models import PATTERNS, random_ids
@@ -163,6 +164,19 @@ def test_a_new_model_starts_with_closed_gates():
     assert not fusion.output.weight.any() and torch.allclose(fusion.output.bias.sigmoid(), torch.tensor(0.7))
     features = model.model.encode_images(torch.randn(1, 3, 28, 28))
     assert torch.allclose(features.square().mean(-1).sqrt(), torch.tensor(model.config.initializer_range), rtol=1e-3)
+
+
+def test_other_ways_to_generate(model):
+    batch = rows_of(mixed_batch(), 0, (2, 0, 1, 0))
+    expected = model.generate(**batch, **GREEDY, max_new_tokens=6)
+    assert torch.equal(model.generate(**batch, **GREEDY, max_new_tokens=6, prompt_lookup_num_tokens=3), expected)
+    plan, sampled = HierarchicalCandidates(num_candidates=3, stages=[(2, 1)]), {**GREEDY, "do_sample": True}
+    with pytest.raises(ValueError, match="candidates cannot read features through a bridge"):
+        model.generate(**batch, **sampled, max_new_tokens=6, custom_generate=plan)
+    plain = multimodal_model(bridge=None)
+    one = HierarchicalCandidates(num_candidates=1, stages=[])
+    expected = plain.generate(**batch, **GREEDY, max_new_tokens=6)
+    assert torch.equal(plain.generate(**batch, **GREEDY, max_new_tokens=6, custom_generate=one), expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
