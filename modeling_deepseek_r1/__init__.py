@@ -14,6 +14,7 @@ from .modeling_deepseek_r1 import (
 from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
 from .registration import register
 from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
+from .tokenization.tokenization_deepseek_r1 import DeepseekR1Tokenizer
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "DeepseekR1Processor",
     "DeepseekR1TextConfig",
     "DeepseekR1TextModel",
+    "DeepseekR1Tokenizer",
 ]
