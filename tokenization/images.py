@@ -7,11 +7,6 @@ import numpy as np
 import torch
 from transformers.image_utils import load_image
 
-try:
-    from PIL import Image
-except ImportError:
-    Image = None
-
 
 class Video(NamedTuple):
     """Frames of a video and the second at which each is shown."""
@@ -27,18 +22,21 @@ def read_image(image, what: str):
         ValueError: it cannot be read; the message begins with `what`.
         ImportError: Pillow is not installed.
     """
-    if Image is None:
-        raise ImportError("images need Pillow: pip install 'modeling-deepseek-r1[vision]'")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images need Pillow: pip install 'modeling-deepseek-r1[vision]'") from error
     try:
         if isinstance(image, (np.ndarray, torch.Tensor)):
-            image = Image.fromarray(_as_bytes(np.asarray(image)))
+            image = Image.fromarray(checked_pixels(np.asarray(image)))
         return load_image(image if isinstance(image, Image.Image) else str(image))
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         source = image if isinstance(image, str) and len(image) < 200 else type(image).__name__
         raise ValueError(f"{what} ({source}) cannot be read: {error}") from error
 
 
-def _as_bytes(pixels: np.ndarray) -> np.ndarray:
+def checked_pixels(pixels: np.ndarray) -> np.ndarray:
+    """The array; ValueError unless it is an image of bytes."""
     if pixels.ndim not in (2, 3) or pixels.size == 0 or (pixels.ndim == 3 and pixels.shape[-1] != 3):
         raise ValueError(f"an array of shape {list(pixels.shape)}; it must be [height, width] or [height, width, 3]")
     if pixels.dtype != np.uint8:

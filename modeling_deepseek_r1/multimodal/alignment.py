@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from .fusion import place_features
 
 NO_TIME = -1.0
+KINDS = range(1, 5)
+"""Numbers of the modalities besides text."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def clips(modality: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """`[B, M]` number of the clip that each feature with a time belongs to, within its modality; -1 without a time."""
     number = torch.full_like(modality, -1)
     indices = torch.arange(modality.shape[1], device=modality.device).expand_as(modality)
-    for kind in range(1, int(modality.max()) + 1 if modality.numel() else 1):
+    for kind in KINDS:
         own = (modality == kind) & (times >= 0)
         latest = torch.where(own, indices, -1).cummax(1).values
         previous = F.pad(latest, (1, 0), value=-1)[:, :-1]
