@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration.configuration_multimodal import MODALITIES, Bridge, DeepseekR1Config, Structured
 from .modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1PreTrainedModel, DeepseekR1TextModel
-from .moe.losses import share_of_batch
+from .moe.losses import real_tokens, share_of_batch
 from .moe.outputs import DeepseekR1ModelOutputWithPast
 from .multimodal.adapter import AudioAdapter, ImageAdapter, RowEncoder
 from .multimodal.alignment import BridgeMemory, alignment_loss, cross_modal_consistency, gather_memory, pooled
@@ -172,10 +172,7 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         **inputs,
     ) -> Joined:
         """Encodes, fuses and gathers; arguments as in `forward`, `past` = tokens in the cache."""
-        if mm_encoder_outputs is None:
-            features = self.encode(**inputs)
-        else:
-            features = {name: output["pooler_output"].flatten(0, -2) for name, output in mm_encoder_outputs.items()}
+        features = self.encode(**inputs) if mm_encoder_outputs is None else encoded_features(mm_encoder_outputs)
         if bridge_memory is not None:
             bridge_memory = replace(bridge_memory, start=past)
         arguments = {"mm_token_type_ids": mm_token_type_ids, "bridge_memory": bridge_memory}
@@ -201,8 +198,9 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         if self.word_projection is None or bridge_memory is not None:
             return Joined(arguments)
         memory = self.memory(input_ids, features, mm_token_times)
-        real = types == 0 if attention_mask is None else (types == 0) & attention_mask[:, -types.shape[1] :].bool()
-        text, other = pooled(words, real), pooled(memory.states, memory.modality > 0)
+        real = real_tokens(attention_mask, types.numel())
+        spoken = types == 0 if real is None else (types == 0) & real.view_as(types)
+        text, other = pooled(words, spoken), pooled(memory.states, memory.modality > 0)
         loss = alignment_loss(text, other, self.config.bridge["alignment_temperature"])
         return Joined({**arguments, "bridge_memory": memory}, cross_modal_consistency(text.detach(), other.detach()), loss)
 
@@ -217,6 +215,11 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         if inputs_embeds is not None:
             joined.arguments["inputs_embeds"] = inputs_embeds
         return self.language_model(**joined.arguments, **kwargs)
+
+
+def encoded_features(outputs: dict[str, BaseModelOutputWithPooling]) -> dict[str, torch.Tensor]:
+    """`[N, hidden]` of each modality."""
+    return {modality: output["pooler_output"].flatten(0, -2) for modality, output in outputs.items()}
 
 
 def cached_tokens(past_key_values: Cache | None) -> int:
@@ -354,11 +357,15 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         """Runs the encoders once per `generate()`; inputs whose placeholders are in the cache already are not fused again."""
         raw = {name: model_kwargs.pop(name, None) for names in ENCODER_INPUTS.values() for name in names}
         times = model_kwargs.pop("mm_token_times", None)
-        features = self.model.encode(**raw)
-        if not features:
-            return model_kwargs
-        if inputs_tensor.is_floating_point():
+        features = self.model.encode(**raw) or encoded_features(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        bridged = self.model.word_projection is not None and model_kwargs.get("bridge_memory") is None
+        if inputs_tensor.is_floating_point() and features:
             raise ValueError("pass input_ids beside other modalities: their placeholders say where features belong")
+        if not features:
+            # What a cache has read before is needed again by the bridge.
+            if bridged and not inputs_tensor.is_floating_point():
+                self.model.places(inputs_tensor, {})
+            return model_kwargs
         places = self.model.places(inputs_tensor, features)
         memory = self.model.memory(inputs_tensor, features, times)
         if memory is not None:

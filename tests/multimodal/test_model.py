@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1Model
 from modeling_deepseek_r1.generation import HierarchicalCandidates
@@ -86,13 +87,25 @@ def test_generation_with_a_cache_equals_generation_without(pattern):
     assert torch.equal(model.generate(**batch, **beams), model.generate(**batch, **beams, use_cache=False))
 
 
-def test_encoders_run_once_per_generate(model, monkeypatch):
-    calls = []
-    for tower in (model.model.vision_tower, model.model.audio_tower, model.model.row_encoder, model.model.word_projection):
-        tower.register_forward_hook(lambda *_: calls.append(1))
+def test_encoders_run_once_per_generate():
+    model, calls = multimodal_model(), []
+    for part in (model.model.vision_tower, model.model.audio_tower, model.model.row_encoder, model.model.word_projection):
+        part.register_forward_hook(lambda *_: calls.append(1))
     model.generate(**mixed_batch(), **GREEDY, max_new_tokens=6, num_beams=3)
     # Images and frames through the vision tower, sound, rows, and four modalities into the word space.
     assert len(calls) == 2 + 1 + 1 + 4
+
+
+def test_features_that_are_encoded_before(model):
+    batch = mixed_batch()
+    with torch.no_grad():
+        features = model.model.encode(**batch).items()
+    encoded = {modality: BaseModelOutputWithPooling(pooler_output=own[None]) for modality, own in features}
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_times")}
+    with torch.no_grad():
+        assert torch.equal(model(**given, mm_encoder_outputs=encoded).logits, model(**batch).logits)
+    expected = model.generate(**batch, **GREEDY, max_new_tokens=6)
+    assert torch.equal(model.generate(**given, mm_encoder_outputs=encoded, **GREEDY, max_new_tokens=6), expected)
 
 
 def test_a_conversation_goes_on_from_its_cache(model):
@@ -111,6 +124,9 @@ def test_a_conversation_goes_on_from_its_cache(model):
     longer = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     longer["mm_token_times"] = torch.nn.functional.pad(first["mm_token_times"], (0, ids.shape[1] - 18), value=-1.0)
     expected = model.generate(**longer, **settings).sequences
+    with pytest.raises(ValueError, match="placeholders of modality 'image' .* its inputs give 0 features"):
+        ids_alone = {name: longer[name] for name in ("input_ids", "attention_mask")}
+        model.generate(**ids_alone, **settings, past_key_values=copy.deepcopy(answer.past_key_values))
     assert torch.equal(model.generate(**longer, **settings, past_key_values=answer.past_key_values).sequences, expected)
 
 
