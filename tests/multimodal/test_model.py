@@ -212,6 +212,28 @@ def test_training_reaches_everything(checkpointing):
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_consistency_rises_and_tells_matching_pairs_from_others():
+    model = multimodal_model(bridge={"layers": [1], "alignment_loss_coef": 1.0}).train()
+    ids = random_ids(4, 12, vocab_size=90)
+    ids[:, 1:5] = PLACEHOLDERS["image"]
+    pictures = torch.randn(4, 3, 28, 28)
+    optimizer = torch.optim.AdamW(
+        [*model.model.vision_adapter.parameters(), *model.model.word_projection.parameters()], lr=1e-2
+    )
+
+    def consistency(order):
+        with torch.no_grad():
+            return model(ids, pixel_values=pictures[order]).consistency.mean()
+
+    matching, shuffled = torch.arange(4), torch.tensor([1, 2, 3, 0])
+    before = consistency(matching)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(ids, pixel_values=pictures, labels=ids).loss.backward()
+        optimizer.step()
+    assert consistency(matching) > max(before, consistency(shuffled)) + 0.2
+
+
 def test_the_modality_of_a_token_moves_its_experts():
     model, batch = multimodal_model("expert_domains", text=ROUTING), mixed_batch()
     batch = rows_of(batch, 0, (2, 0, 1, 0))
