@@ -284,7 +284,7 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         }
         model = cls._from_config(cls.config_class(**fields), dtype=text.dtype)
         weights = extended_weights(text.model.state_dict(), config.vocab_size, len(MODALITIES))
-        model.model.language_model.load_state_dict(weights, strict=False)
+        model.model.language_model.load_state_dict({**model.model.language_model.state_dict(), **weights})
         model.lm_head.load_state_dict({"weight": extended_rows(text.lm_head.weight, config.vocab_size)})
         for own, tower in zip((model.model.vision_tower, model.model.audio_tower), towers, strict=True):
             if own is not None:

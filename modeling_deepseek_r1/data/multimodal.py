@@ -31,7 +31,7 @@ class MultimodalCollator:
         tokens = {modality: processor.tokenizer.convert_tokens_to_ids(text) for modality, text in PLACEHOLDER_TOKENS.items()}
         self.modality_of = {token: modality for modality, token in tokens.items()}
 
-    def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: list[Mapping[str, Any] | Record]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels`, `mm_token_type_ids`, and the encoders' inputs that the batch has.
 
         Raises:
@@ -40,7 +40,8 @@ class MultimodalCollator:
         """
         examples, given = [], {modality: [] for modality in PLACEHOLDER_TOKENS}
         for number, fields in enumerate(features):
-            record, inputs = self._plain(Record(dict(fields), f"record {number} of the batch"))
+            known = isinstance(fields, Record)
+            record, inputs = self._plain(fields if known else Record(dict(fields), f"record {number} of the batch"))
             for example in self.encoder(record):
                 counts = {modality: example["input_ids"].count(token) for token, modality in self.modality_of.items()}
                 for modality, count in counts.items():

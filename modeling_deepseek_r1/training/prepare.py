@@ -129,11 +129,11 @@ def _multimodal(recipe: Recipe, processor) -> TrainingData:
         )
     if recipe.streaming or recipe.packing != "none":
         raise ValueError("conversations with images, sound or rows are neither streamed nor packed: set packing to none")
-    train = [record.fields for record in records]
+    train = list(records)
     aside, notes = None, list(records.notes)
     if recipe.eval_data:
         evaluation = _open(recipe, recipe.eval_data)
-        aside, notes = [record.fields for record in evaluation], [*notes, *evaluation.notes]
+        aside, notes = list(evaluation), [*notes, *evaluation.notes]
     elif recipe.eval_share:
         numbers = Documents({"input_ids": [number]} for number in range(len(train)))
         train, aside = ([train[one["input_ids"][0]] for one in part] for part in numbers.split(recipe.eval_share, recipe.seed))

@@ -116,7 +116,8 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     inner = tokenizer.tokenizer if multimodal else tokenizer
     if inner.pad_token_id is None:
         inner.pad_token = inner.eos_token
-    arguments.remove_unused_columns = not multimodal
+    if multimodal:
+        arguments.remove_unused_columns = False
     data = prepare_data(recipe, tokenizer, _known_labels(config))
     checkpoint = _checkpoint_of_run(recipe, data, Path(arguments.output_dir), resume, overwrite)
     if not resume and arguments.process_index == 0:

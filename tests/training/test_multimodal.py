@@ -74,7 +74,7 @@ def test_conversations_about_pictures(source, data, tmp_path, capsys, how):
     [
         (["--packing", "best_fit"], "neither streamed nor packed: set packing to none"),
         (["--expert-config", "all=1"], "heal_from and expert_config are for text models"),
-        (["--length", 5], "record 0 of the batch has placeholders up to token"),
+        (["--length", 5], " has placeholders up to token 22, but rows have at most 5 tokens"),
     ],
 )
 def test_what_is_refused(source, data, tmp_path, capsys, arguments, message):
