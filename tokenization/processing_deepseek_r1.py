@@ -183,7 +183,7 @@ class DeepseekR1Processor(ProcessorMixin):
             item = block[keys[0]]
             if modality == "image" and isinstance(item, Mapping):
                 item = item["url"]
-            elif modality == "video" and not isinstance(item, (Mapping, tuple)):
+            elif modality == "video" and not isinstance(item, (Mapping, tuple, str, Path)):
                 item = {"frames": item, "timestamps": block.get("timestamps")}
             elif modality == "audio" and "sampling_rate" in block and not isinstance(item, (str, Path, Mapping)):
                 item = {"array": item, "sampling_rate": block["sampling_rate"]}
