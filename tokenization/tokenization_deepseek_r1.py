@@ -72,7 +72,7 @@ RESPONSE_TEMPLATE = {
     "fields": {
         "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
         "tool_calls": {
-            "open_pattern": "(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n",
+            "open_pattern": "(?:<｜tool▁calls▁begin｜>|\n)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n",
             "close_pattern": "\n```<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?",
             "content": "json",
             "repeats": True,
@@ -82,6 +82,11 @@ RESPONSE_TEMPLATE = {
     },
 }
 """How transformers' `parse_response` takes an answer apart."""
+
+
+def response_template(chat_template: str | None) -> dict | None:
+    """`RESPONSE_TEMPLATE` for a chat template in DeepSeek-R1's manner; None for any other."""
+    return RESPONSE_TEMPLATE if ASSISTANT in (chat_template or "") else None
 
 
 class DeepseekR1Tokenizer(PreTrainedTokenizerFast):
@@ -148,4 +153,4 @@ def _showing(backend: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(document))
 
 
-__all__ = ["DeepseekR1Tokenizer"]
+__all__ = ["DeepseekR1Tokenizer", "response_template"]

@@ -15,6 +15,7 @@ from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 from ..modeling_multimodal import DeepseekR1ForConditionalGeneration
 from ..tokenization.processing_deepseek_r1 import DeepseekR1Processor
 from ..tokenization.rows import RowSchema
+from ..tokenization.tokenization_deepseek_r1 import response_template
 from .convert import convert_checkpoint
 from .write import atomic_folder, check_destination, clean_leftovers
 
@@ -92,6 +93,8 @@ def compose_checkpoint(
         source = _converted(text, Path(scratch) / "text")
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = DeepseekR1ForCausalLM.from_pretrained(source, dtype=dtype)
+    if getattr(tokenizer, "response_template", None) is None:
+        tokenizer.response_template = response_template(tokenizer.chat_template)
     placeholders = DeepseekR1Processor.add_placeholders(tokenizer, modalities)
     schema = row_schema.to_dict() if row_schema is not None else None
     structured = schema and {"num_numeric": len(schema["numeric"]), "categories": [len(c[1]) for c in schema["categorical"]]}

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -130,6 +131,15 @@ def test_a_composed_checkpoint_in_the_terminal(parts, tmp_path, capsys):
         home = parts if folder == "text" else tmp_path
         assert cli.main(["generate", str(home / folder), *ask, *more]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_answers_of_a_reasoning_model_parse(parts, tmp_path):
+    shutil.copytree(parts / "text", tmp_path / "text")
+    (tmp_path / "text/chat_template.jinja").write_text("{{ '<｜Assistant｜>' }}")
+    compose_checkpoint(tmp_path / "text", tmp_path / "all", vision=parts / "dinov2", image_size=14)
+    processor = AutoProcessor.from_pretrained(tmp_path / "all")
+    parsed = processor.parse_response("<think>Hm.</think>Yes.", prefix="<｜Assistant｜>")
+    assert parsed == {"role": "assistant", "reasoning_content": "Hm.", "content": "Yes."}
 
 
 def test_half_of_clip(parts, tmp_path):

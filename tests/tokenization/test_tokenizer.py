@@ -2,6 +2,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from modeling_deepseek_r1 import DeepseekR1Tokenizer
+from modeling_deepseek_r1.tokenization.tokenization_deepseek_r1 import response_template
 
 TEXTS = ["The quick brown fox 12345 jumps.", "def f(x):\n    return x + 1\n", "你好 世界 naïve café"] * 20
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, 3]}}}
@@ -64,3 +65,12 @@ def test_an_answer_is_taken_apart(tokenizer):
     parsed = tokenizer.parse_response(answer, prefix=prefix + "<｜Assistant｜>")
     assert parsed["tool_calls"] == [CALL, CALL] and parsed["content"].strip() == "Let me see."
     assert parsed["reasoning_content"].strip() == "hm"
+    # DeepSeek-R1's own template puts every call on a line of its own.
+    lines = answer.replace("<｜tool▁call▁end｜><｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>")
+    assert lines != answer
+    assert tokenizer.parse_response(lines, prefix=prefix + "<｜Assistant｜>") == parsed
+
+
+def test_a_template_in_this_manner_is_known():
+    assert response_template("{{ '<｜Assistant｜>' }}")["fields"].keys() >= {"reasoning_content", "tool_calls"}
+    assert response_template(None) is response_template("<|im_start|>") is None
