@@ -3,7 +3,7 @@
 Importing this package registers its models with transformers' Auto classes.
 """
 
-from .configuration import DeepseekR1TextConfig
+from .configuration import DeepseekR1Config, DeepseekR1TextConfig
 from .modeling_deepseek_r1 import (
     DeepseekR1ForCausalLM,
     DeepseekR1ForQuestionAnswering,
@@ -11,17 +11,25 @@ from .modeling_deepseek_r1 import (
     DeepseekR1ForTokenClassification,
     DeepseekR1TextModel,
 )
+from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
 from .registration import register
+from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
+from .tokenization.tokenization_deepseek_r1 import DeepseekR1Tokenizer
 
 __version__ = "0.1.0"
 
 register()
 
 __all__ = [
+    "DeepseekR1Config",
     "DeepseekR1ForCausalLM",
+    "DeepseekR1ForConditionalGeneration",
     "DeepseekR1ForQuestionAnswering",
     "DeepseekR1ForSequenceClassification",
     "DeepseekR1ForTokenClassification",
+    "DeepseekR1Model",
+    "DeepseekR1Processor",
     "DeepseekR1TextConfig",
     "DeepseekR1TextModel",
+    "DeepseekR1Tokenizer",
 ]

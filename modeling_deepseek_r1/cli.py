@@ -16,6 +16,7 @@ PROG = "deepseek-r1"
 
 COMMANDS = {
     "convert": "turn an existing checkpoint into one of this library",
+    "compose": "join a text checkpoint with encoders of images and sound",
     "train": "train a checkpoint on texts, conversations or labelled texts",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",

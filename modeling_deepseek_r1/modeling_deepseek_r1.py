@@ -23,13 +23,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
-from .attention.gate import RemoteGate
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import rotary_embedding
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
-from .moe.block import EXPERT_MODULES, DeepseekR1SparseMoeBlock
+from .moe.block import DeepseekR1SparseMoeBlock
 from .moe.gates import gather_statistics
 from .moe.losses import output_losses, real_tokens, share_of_batch
 from .moe.mlp import DeepseekR1MLP
@@ -47,6 +46,7 @@ class DeepseekR1DecoderLayer(GradientCheckpointingLayer):
         self.mlp = DeepseekR1SparseMoeBlock(config, layer_idx) if config.is_sparse(layer_idx) else DeepseekR1MLP(layer)
         self.input_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
         self.post_attention_layernorm = DeepseekR1RMSNorm(layer.hidden_size, layer.rms_norm_eps)
+        self.register_module("bridge", None)
 
     def forward(
         self,
@@ -55,12 +55,15 @@ class DeepseekR1DecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        bridge_memory=None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, layout, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
+        if self.bridge is not None and bridge_memory is not None:
+            hidden_states = self.bridge(hidden_states, bridge_memory)
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, DeepseekR1MLP):
             return hidden_states + self.mlp(normed)
@@ -91,9 +94,11 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (RemoteGate, *EXPERT_MODULES)):
+        # This library's modules with parameters of their own know how these start; models have a method of the same name.
+        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
 
 
 class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
@@ -226,11 +231,12 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)
         for layer in past_key_values.layers:
             layer.reserve = max(layer.reserve, 0 if layer.is_sliding else layer.seen + length)
-        output, types = None, kwargs.pop("mm_token_type_ids")
+        output, types, memory = None, kwargs.pop("mm_token_type_ids"), kwargs.pop("bridge_memory", None)
         for start in range(0, length, chunk):
             stop = min(length, start + chunk)
             part = [(cos[:, start:stop], sin[:, start:stop]) for cos, sin in embeddings]
             kwargs["mm_token_type_ids"] = types[:, start:stop] if types is not None else None
+            kwargs["bridge_memory"] = memory.shift(start) if memory is not None else None
             result, _ = self._run_layers(
                 self._embed(inputs[:, start:stop]), layout.slice(start, stop), part, past_key_values, **kwargs
             )
@@ -302,8 +308,9 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions (0 = all), or the positions in a 1-D tensor.
             kwargs: `seq_idx` and the other arguments of `DeepseekR1TextModel.forward`; `num_items_in_batch` for the loss.
         """
+        config = self.config.get_text_config()
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -319,11 +326,11 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         losses = self._router_losses(outputs, attention_mask, labels, output_router_logits)
         if loss is not None and losses:
             share = share_of_batch(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
-            loss = loss + self.config.router_aux_loss_coef * share * losses["aux_loss"].to(loss)
+            loss = loss + config.router_aux_loss_coef * share * losses["aux_loss"].to(loss)
         return DeepseekR1CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -336,7 +343,8 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def _router_losses(self, outputs, attention_mask, labels, asked) -> dict[str, torch.Tensor]:
         """Empty where nobody needs them: evaluation without a request, or training without experts or with coefficient 0."""
-        trained = labels is not None and self.training and self.config.router_aux_loss_coef > 0 and outputs.routed
+        coefficient = self.config.get_text_config().router_aux_loss_coef
+        trained = labels is not None and self.training and coefficient > 0 and outputs.routed
         return output_losses(self.model.routers, outputs, attention_mask, self.training) if asked or trained else {}
 
     @staticmethod
@@ -352,7 +360,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
-        own = sorted({kind for kind in self.config.layer_types if kind.startswith("local_")})
+        own = sorted({kind for kind in self.config.get_text_config().layer_types if kind.startswith("local_")})
         sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
         windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
         if own or sinks or len(windows) > 1:

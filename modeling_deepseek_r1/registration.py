@@ -4,12 +4,16 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
 )
 
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
+from .configuration.configuration_multimodal import DeepseekR1Config
 from .modeling_deepseek_r1 import (
     DeepseekR1ForCausalLM,
     DeepseekR1ForQuestionAnswering,
@@ -17,6 +21,8 @@ from .modeling_deepseek_r1 import (
     DeepseekR1ForTokenClassification,
     DeepseekR1TextModel,
 )
+from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
+from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
 
 AUTO_CLASSES = {
     AutoModel: DeepseekR1TextModel,
@@ -26,9 +32,19 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: DeepseekR1ForTokenClassification,
 }
 
+MULTIMODAL_AUTO_CLASSES = {
+    AutoModel: DeepseekR1Model,
+    # What reads texts alone (evaluation, for one) takes it as a text model.
+    AutoModelForCausalLM: DeepseekR1ForConditionalGeneration,
+    AutoModelForImageTextToText: DeepseekR1ForConditionalGeneration,
+    AutoModelForMultimodalLM: DeepseekR1ForConditionalGeneration,
+}
+
 
 def register() -> None:
-    """Registers the configuration and the models; may be called again."""
-    AutoConfig.register(DeepseekR1TextConfig.model_type, DeepseekR1TextConfig, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(DeepseekR1TextConfig, model_class, exist_ok=True)
+    """Registers configurations, models and the processor; may be called again."""
+    for config, classes in ((DeepseekR1TextConfig, AUTO_CLASSES), (DeepseekR1Config, MULTIMODAL_AUTO_CLASSES)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto_class, model_class in classes.items():
+            auto_class.register(config, model_class, exist_ok=True)
+    AutoProcessor.register(DeepseekR1Config, DeepseekR1Processor, exist_ok=True)

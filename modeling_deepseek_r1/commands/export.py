@@ -21,4 +21,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{report.destination}: {len(report.files)} files, {report.bytes / 1e6:.1f} MB")
     if report.left_out:
         print(f"left out, not part of a model: {', '.join(report.left_out)}")
-    print("load it anywhere with from_pretrained(folder, trust_remote_code=True) of AutoModelForCausalLM and AutoTokenizer")
+    multimodal = "AutoProcessor" in report.auto_map
+    names = "AutoModelForImageTextToText and AutoProcessor" if multimodal else "AutoModelForCausalLM and AutoTokenizer"
+    print(f"load it anywhere with from_pretrained(folder, trust_remote_code=True) of {names}")

@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="the prompt; default: standard input")
     source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="show the model a picture; may be repeated"
+    )
+    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="let it hear a WAV file; may be repeated")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,9 +48,27 @@ def run(args: argparse.Namespace) -> None:
 
     from ..tokenization import encode_prompt
 
-    ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.image or args.audio:
+        model.generate(**_joined_inputs(args, prompt).to(model.device), streamer=streamer, **options)
+        return
+    ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
     model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+
+
+def _joined_inputs(args: argparse.Namespace, prompt: str):
+    """What the checkpoint's processor makes of pictures, sound and the prompt behind them."""
+    from transformers import AutoConfig, AutoProcessor
+
+    if AutoConfig.from_pretrained(args.checkpoint).model_type != "deepseek_r1":
+        raise ValueError(f"{args.checkpoint} is a text model; join it with encoders first: deepseek-r1 compose")
+    if args.raw:
+        raise ValueError("--image and --audio belong to a message; leave out --raw")
+    content = [{"type": kind, "path": path} for kind in ("image", "audio") for path in getattr(args, kind)]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    messages = ([{"role": "system", "content": args.system}] if args.system else []) + messages
+    processor = AutoProcessor.from_pretrained(args.checkpoint)
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
 def load(args: argparse.Namespace):

@@ -6,30 +6,63 @@ and config.json says in `auto_map` where transformers finds its classes in them.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoProcessor
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
-from ..registration import AUTO_CLASSES
+from ..configuration.configuration_multimodal import DeepseekR1Config
+from ..registration import AUTO_CLASSES, MULTIMODAL_AUTO_CLASSES
+from ..tokenization.processing_deepseek_r1 import DeepseekR1Processor
 from .flatten import flatten_modules
 from .write import atomic_folder, check_destination, clean_leftovers
 
 PACKAGE = __name__.split(".")[0]
-ENTRIES = {
-    "configuration.configuration_deepseek_r1": "configuration_deepseek_r1",
-    "modeling_deepseek_r1": "modeling_deepseek_r1",
-}
-"""Dotted module inside the package -> its name beside the weights."""
 
-AUTO_MAP = {
-    "AutoConfig": f"configuration_deepseek_r1.{DeepseekR1TextConfig.__name__}",
-    **{auto.__name__: f"modeling_deepseek_r1.{model.__name__}" for auto, model in AUTO_CLASSES.items()},
+
+@dataclass(frozen=True)
+class Travelling:
+    """The code of a model type.
+
+    Attributes:
+        entries: dotted module inside the package -> its name beside the weights.
+        auto_map: Auto class -> where transformers finds our class, as written to config.json.
+    """
+
+    entries: dict[str, str]
+    auto_map: dict[str, str]
+
+    @classmethod
+    def of(cls, config: type, classes: Mapping[type, type], modules: tuple[str, ...]) -> "Travelling":
+        found = {AutoConfig: config, **classes}
+        places = {auto.__name__: f"{own.__module__.rsplit('.', 1)[-1]}.{own.__name__}" for auto, own in found.items()}
+        return cls({module: module.rsplit(".", 1)[-1] for module in modules}, places)
+
+
+CODE = {
+    DeepseekR1TextConfig.model_type: Travelling.of(
+        DeepseekR1TextConfig, AUTO_CLASSES, ("configuration.configuration_deepseek_r1", "modeling_deepseek_r1")
+    ),
+    DeepseekR1Config.model_type: Travelling.of(
+        DeepseekR1Config,
+        {**MULTIMODAL_AUTO_CLASSES, AutoProcessor: DeepseekR1Processor},
+        (
+            "configuration.configuration_deepseek_r1",
+            "configuration.configuration_multimodal",
+            "modeling_deepseek_r1",
+            "modeling_multimodal",
+            "tokenization.processing_deepseek_r1",
+        ),
+    ),
 }
-"""Auto class -> where transformers finds our class, as written to config.json."""
+"""Model type -> what travels with a checkpoint of it."""
+
+PROCESSOR_CONFIG = "processor_config.json"
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -67,7 +100,7 @@ def export_checkpoint(
     """Copies a checkpoint of this library and puts the code that it needs beside the weights.
 
     Args:
-        source: folder with config.json (model_type "deepseek_r1_text") and safetensors weights.
+        source: folder with config.json (model_type "deepseek_r1_text" or "deepseek_r1") and safetensors weights.
         destination: folder to write; it appears complete or not at all.
         overwrite: whether a destination that has files in it is replaced.
         max_shard_size: largest size of one file of weights, in bytes or as text such as "5GB". Weights whose files all fit are
@@ -86,7 +119,8 @@ def export_checkpoint(
     _refuse_overlap(source, destination)
     check_destination(destination, overwrite)
     limit = convert_file_size_to_int(max_shard_size)
-    code = flatten_modules(Path(__file__).parents[1], PACKAGE, ENTRIES)
+    travelling = CODE[config["model_type"]]
+    code = flatten_modules(Path(__file__).parents[1], PACKAGE, travelling.entries)
     accompanying = _accompanying_files(source)
 
     notes = clean_leftovers(destination)
@@ -101,11 +135,21 @@ def export_checkpoint(
             shutil.copyfile(source / name, folder / name)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(_with_auto_map(config, travelling.auto_map), encoding="utf-8")
+        own = {auto: place for auto, place in travelling.auto_map.items() if auto == AutoProcessor.__name__}
+        if own and (source / PROCESSOR_CONFIG).is_file():
+            processor = json.loads((source / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
+            (folder / PROCESSOR_CONFIG).write_text(_with_auto_map(processor, own), encoding="utf-8")
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     known = {*sizes, *weights, *COPIED_FOLDERS}
     left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
-    return ExportReport(destination, tuple(sorted(sizes)), sum(sizes.values()), dict(AUTO_MAP), tuple(left_out), tuple(notes))
+    return ExportReport(
+        destination, tuple(sorted(sizes)), sum(sizes.values()), dict(travelling.auto_map), tuple(left_out), tuple(notes)
+    )
+
+
+def _with_auto_map(fields: dict, auto_map: dict[str, str]) -> str:
+    return json.dumps({**fields, "auto_map": auto_map}, indent=2) + "\n"
 
 
 def _read_config(source: Path) -> dict:
@@ -117,10 +161,10 @@ def _read_config(source: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != DeepseekR1TextConfig.model_type:
+    if model_type not in CODE:
         raise ValueError(
-            f"{path} has model_type={model_type!r}; only checkpoints of this library ({DeepseekR1TextConfig.model_type!r}) can be exported, convert it"
-            " first"
+            f"{path} has model_type={model_type!r}; only checkpoints of this library ({' or '.join(map(repr, CODE))}) can be exported,"
+            " convert it first"
         )
     return config
 

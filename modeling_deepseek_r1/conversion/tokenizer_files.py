@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from ..tokenization.tokenization_deepseek_r1 import response_template
 from .source import GENERATION_FILE, TOKENIZER_FILES
 
 CONTROL, USER_DEFINED = 3, 4
@@ -122,6 +123,7 @@ def gguf_tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerF
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
+        response_template=response_template(metadata.get("tokenizer.chat_template")),
         clean_up_tokenization_spaces=False,
         model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
         **names,

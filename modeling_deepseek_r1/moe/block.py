@@ -4,13 +4,8 @@ import torch
 from torch import nn
 
 from .experts import DeepseekR1Experts, DeepseekR1LowRankExperts
-from .gates import AttentionScores, DeepseekR1ExpertRouter, DomainGate, LinearScores
+from .gates import DeepseekR1ExpertRouter
 from .mlp import DeepseekR1MLP
-
-EXPERT_MODULES = (
-    LinearScores, AttentionScores, DomainGate, DeepseekR1ExpertRouter, DeepseekR1Experts, DeepseekR1LowRankExperts,
-)  # fmt: skip
-"""Modules with parameters or buffers of their own; each has `init_weights(std)`."""
 
 
 class DeepseekR1SparseMoeBlock(nn.Module):

@@ -21,10 +21,10 @@ tags: [modeling-deepseek-r1]
 
 ```python
 import modeling_deepseek_r1  # makes the Auto classes know the model
-from transformers import {auto_class}, AutoTokenizer
+from transformers import {auto_class}, {reader_class}
 
 model = {auto_class}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+{reader} = {reader_class}.from_pretrained("{name}")
 ```
 
 ## Training
@@ -52,13 +52,18 @@ What differs from the defaults:
 Not stated yet: those of the base model, and of the data, apply.
 """
 LOSS_ROWS = 10
+CLASSES = {
+    "classification": ("text-classification", "AutoModelForSequenceClassification"),
+    "multimodal": ("image-text-to-text", "AutoModelForImageTextToText"),
+}
+"""Task -> pipeline and Auto class, where they are not those of a text model."""
 
 
 def model_card(recipe: Recipe, report: "TrainingReport") -> str:
     """Markdown with the metadata that the Hub reads. Folders are named without their paths."""
     import yaml
 
-    classifies = report.task == "classification"
+    pipeline, auto_class = CLASSES.get(report.task, ("text-generation", "AutoModelForCausalLM"))
     history = [(entry["step"], entry["loss"]) for entry in report.history if "loss" in entry]
     # The last line is always shown, and as many before it as give an even picture.
     stride = max(1, -(-len(history) // LOSS_ROWS))
@@ -71,10 +76,12 @@ def model_card(recipe: Recipe, report: "TrainingReport") -> str:
     size = f" ({report.documents:,} documents, {report.tokens:,} tokens)" if report.tokens is not None else ""
     return CARD.format(
         base=_public(recipe.model),
-        pipeline="text-classification" if classifies else "text-generation",
+        pipeline=pipeline,
         name=Path(report.output).name,
         data=", ".join(_public(recipe.data)) + size,
-        auto_class="AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM",
+        auto_class=auto_class,
+        reader="processor" if report.task == "multimodal" else "tokenizer",
+        reader_class="AutoProcessor" if report.task == "multimodal" else "AutoTokenizer",
         trained=report.trained[0].upper() + report.trained[1:],
         steps=report.steps,
         metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items()),

@@ -11,6 +11,7 @@ from ..data import (
     CausalCollator,
     Documents,
     DocumentStream,
+    MultimodalCollator,
     PackedCollator,
     PackedDocuments,
     PackedStream,
@@ -28,7 +29,7 @@ class TrainingData:
     """What a Trainer needs of the data.
 
     Attributes:
-        task: one of `data.encode.TASKS`.
+        task: one of `data.encode.TASKS`, or "multimodal" for conversations with other inputs than text.
         train, evaluation: datasets; no evaluation if none was asked for.
         collate: makes batches of their rows.
         label_names: of a classification.
@@ -51,12 +52,14 @@ def prepare_data(recipe: Recipe, tokenizer, label_names: list[str] | None = None
 
     Args:
         recipe: its settings about data.
-        tokenizer: the checkpoint's, with a padding token.
+        tokenizer: the checkpoint's, with a padding token; of a multimodal one the processor.
         label_names: classes that the checkpoint knows already; default: those of the recipe, or of the data.
 
     Raises:
         ValueError, OSError: data that is missing, damaged, empty or too short; see `data.open_data` and the encoders.
     """
+    if hasattr(tokenizer, "tokenizer"):
+        return _multimodal(recipe, tokenizer)
     records = _open(recipe, recipe.data)
     task = _task(recipe, records)
     evaluation = _open(recipe, recipe.eval_data) if recipe.eval_data else None
@@ -114,6 +117,29 @@ def _rows(recipe: Recipe, documents: Documents, what: str) -> Any:
     if not any(label != -100 for number in range(len(rows)) for label in rows[number]["labels"][1:]):
         raise ValueError(f"the {what} texts are too short: none has a second token that could be learned")
     return rows
+
+
+def _multimodal(recipe: Recipe, processor) -> TrainingData:
+    """Conversations with other inputs than text, which are read batch by batch while training."""
+    records = _open(recipe, recipe.data)
+    task = _task(recipe, records)
+    if task != "chat":
+        raise ValueError(
+            f"a multimodal model is trained on conversations; {records.first().where} is data for the task {task!r}"
+        )
+    if recipe.streaming or recipe.packing != "none":
+        raise ValueError("conversations with images, sound or rows are neither streamed nor packed: set packing to none")
+    train = list(records)
+    aside, notes = None, list(records.notes)
+    if recipe.eval_data:
+        evaluation = _open(recipe, recipe.eval_data)
+        aside, notes = list(evaluation), [*notes, *evaluation.notes]
+    elif recipe.eval_share:
+        numbers = Documents({"input_ids": [number]} for number in range(len(train)))
+        train, aside = ([train[one["input_ids"][0]] for one in part] for part in numbers.split(recipe.eval_share, recipe.seed))
+    return TrainingData(
+        "multimodal", train, aside, MultimodalCollator(processor, recipe.length), documents=len(train), notes=notes
+    )
 
 
 def _classification(recipe: Recipe, tokenizer, records: Records, evaluation, known: list[str] | None, notes) -> TrainingData:

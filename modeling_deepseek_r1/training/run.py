@@ -17,7 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    PreTrainedConfig,
+    set_seed,
+)
 
 from ..conversion.convert import source_tokenizer
 from ..conversion.source import open_source
@@ -34,7 +42,7 @@ from .select_experts import choose_experts
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
-MODEL_TYPE = "deepseek_r1_text"
+MODEL_TYPE, MULTIMODAL_TYPE = "deepseek_r1_text", "deepseek_r1"
 RECIPE_FILE = "recipe.json"
 REPORT_FILE = "training.json"
 EXPERTS_FILE = "experts.json"
@@ -69,6 +77,8 @@ class TrainingReport:
     def summary(self) -> str:
         """Some lines for a reader."""
         lines = [*self.notes, self.trained]
+        if self.documents is not None and self.tokens is None:
+            lines.append(f"data: {self.documents:,} conversations ({self.task})")
         if self.tokens is not None:
             lines.append(f"data: {self.documents:,} documents, {self.tokens:,} tokens ({self.task})")
         shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in SHOWN}
@@ -98,16 +108,23 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     notes = clean_leftovers(output) if arguments.process_index == 0 else []
     check_destination(output, overwrite, Path(recipe.model))
     config = _config(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    multimodal = config.model_type == MULTIMODAL_TYPE
+    if multimodal and (recipe.heal_from or recipe.expert_config):
+        raise ValueError("heal_from and expert_config are for text models; train the text checkpoint before it is composed")
+    # A processor has all that is asked of a tokenizer here, and has one.
+    tokenizer = AutoProcessor.from_pretrained(recipe.model) if multimodal else load_tokenizer(recipe.model)
+    inner = tokenizer.tokenizer if multimodal else tokenizer
+    if inner.pad_token_id is None:
+        inner.pad_token = inner.eos_token
+    if multimodal:
+        arguments.remove_unused_columns = False
     data = prepare_data(recipe, tokenizer, _known_labels(config))
     checkpoint = _checkpoint_of_run(recipe, data, Path(arguments.output_dir), resume, overwrite)
     if not resume and arguments.process_index == 0:
         _begin_run_folder(recipe, data, Path(arguments.output_dir))
     set_seed(recipe.seed)
     model, trained = _model(recipe, data, arguments)
-    use_cache = model.config.use_cache
+    use_cache = model.config.get_text_config().use_cache
     trainer = _trainer(recipe, model, arguments, data, tokenizer)
     if recipe.clipping == "adaptive":
         trainer.add_callback(AdaptiveClipping())
@@ -118,7 +135,7 @@ def train_checkpoint(recipe: Recipe, *, resume: bool = False, overwrite: bool = 
     )
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.config.use_cache = use_cache
+        model.config.get_text_config().use_cache = use_cache
         _write(recipe, report, model, tokenizer, output)
     return report
 
@@ -176,7 +193,7 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
             f"{recipe.model} is a GGUF file; make a checkpoint of it first: deepseek-r1 convert {recipe.model} FOLDER"
         )
     config = AutoConfig.from_pretrained(recipe.model)
-    if config.model_type != MODEL_TYPE:
+    if config.model_type not in (MODEL_TYPE, MULTIMODAL_TYPE):
         raise ValueError(
             f"{recipe.model} is a {config.model_type} checkpoint; convert it first: deepseek-r1 convert {recipe.model} FOLDER"
         )
@@ -265,6 +282,8 @@ def _size(data: TrainingData) -> dict[str, int | None]:
 
 def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArguments) -> tuple[nn.Module, TrainableReport]:
     auto_class, options = AutoModelForCausalLM, {}
+    if data.task == "multimodal":
+        auto_class = AutoModelForImageTextToText
     if data.task == "classification":
         auto_class, options = AutoModelForSequenceClassification, {"id2label": dict(enumerate(data.label_names))}
         options["label2id"] = {name: number for number, name in enumerate(data.label_names)}
@@ -273,8 +292,9 @@ def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArgu
         model = auto_class.from_pretrained(recipe.model, dtype=DTYPES[recipe.dtype], **options)
     except SafetensorError as error:
         raise ValueError(f"the weights of {recipe.model} are damaged: {error}") from error
-    if recipe.length > model.config.max_position_embeddings:
-        data.notes.append(f"rows of {recipe.length} tokens; the model was built for {model.config.max_position_embeddings}")
+    built_for = model.config.get_text_config().max_position_embeddings
+    if recipe.length > built_for:
+        data.notes.append(f"rows of {recipe.length} tokens; the model was built for {built_for}")
     if recipe.expert_config:
         return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
     if recipe.lora_rank is None:

@@ -13,7 +13,11 @@ TARGETS = {
     "experts": ("experts.gate_up_proj", "experts.down_proj"),
     "router": ("router", "global_tokens"),
 }
-"""Target -> ends of the names of its modules; of its parameters for `experts`, which are fused."""
+"""Target -> ends of the names of its modules; of its parameters for `experts`, which are fused. Encoders of a multimodal model
+get no adapters."""
+
+JOINTS = ("vision_adapter", "audio_adapter", "row_encoder", "fusion", "word_projection", "bridge")
+"""Names of the modules that join encoders to a text model; a composed model has never learned them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def add_adapters(
     """Puts low-rank adapters on the chosen parts and freezes the rest.
 
     Routers, and gates and memory tokens of global layers, are trained as they are: a gate has one row per head or expert, fewer
-    weights than a low-rank update of it. So is a new classification head.
+    weights than a low-rank update of it. So are a new classification head and what joins encoders to the text model.
 
     Args:
         model: is changed.
@@ -57,13 +61,14 @@ def add_adapters(
     peft = _import_peft()
     found = _find_targets(model, list(dict.fromkeys(targets)), rank, dropout)
     task = getattr(model, "score", None) is not None
+    joints = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in JOINTS and "_tower." not in name]
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=[name for target in ("attention", "mlp") for name in found.get(target, ())],
         target_parameters=found.get("experts"),
-        modules_to_save=[*found.get("router", ()), *(["score"] if task else [])] or None,
+        modules_to_save=[*found.get("router", ()), *joints, *(["score"] if task else [])] or None,
         task_type="SEQ_CLS" if task else "CAUSAL_LM",
     )
     adapted = peft.get_peft_model(model, config)
@@ -113,6 +118,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> TrainableReport:
 def _matching(model: nn.Module, target: str) -> list[str]:
     named = model.named_parameters() if target == "experts" else model.named_modules()
     names = [name for name, _ in named if name.endswith(tuple(f".{end}" for end in TARGETS[target]))]
+    names = [name for name in names if "_tower." not in name and ".bridge." not in name]
     # Layers of fused experts have projections of the same names below them, as parameters.
     return (
         names
