@@ -80,8 +80,7 @@ class DeepseekR1GlobalTokens(RemoteGate):
 class DeepseekR1Router(RemoteGate):
     """Which clusters queries and keys belong to, and how much the remote keys count.
 
-    Centroids and the map of the queries are buffers, fitted to a text (`kmeans.py`, `fitting.py`) and never moved by gradients;
-    the centroids of a model in training follow its keys. A map of zero lets queries look as they are.
+    Centroids are a buffer, fitted by k-means and moved by statistics, never by gradients.
 
     Args:
         hidden_size, num_heads: as in `RemoteGate`.
@@ -98,7 +97,6 @@ class DeepseekR1Router(RemoteGate):
         super().__init__(hidden_size, num_heads)
         self.routed_clusters = routed_clusters
         self.register_buffer("centroids", torch.zeros(num_key_value_heads, num_clusters, head_dim, dtype=torch.float32))
-        self.register_buffer("query_map", torch.zeros(num_heads, head_dim, head_dim, dtype=torch.float32))
         self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
         self.gathers_statistics = False
 
@@ -106,19 +104,17 @@ class DeepseekR1Router(RemoteGate):
         super().init_weights(std)
         init.normal_(self.centroids)
         init.copy_(self.centroids, F.normalize(self.centroids, dim=-1))
-        init.zeros_(self.query_map)
 
     def forward(self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Routing:
         """Routing for the layer's input `[B, n, hidden]`, and queries `[B, H, n, D]` and keys `[B, G, n, D]` before rotation."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             log_gate = self.log_gate(hidden_states)
             with torch.no_grad():
-                chosen = choose_clusters(query, self.centroids, self.routed_clusters, self.query_map)
-                clusters = assign_keys(key, self.centroids)
+                clusters = choose_clusters(query, self.centroids, self.routed_clusters), assign_keys(key, self.centroids)
                 # Activation checkpointing runs the layer again inside the backward pass; those keys have been counted.
                 if self.gathers_statistics and self.training and torch._C._current_graph_task_id() == -1:
                     self._gather(key)
-        return Routing(chosen, clusters, log_gate)
+        return Routing(*clusters, log_gate)
 
     def _gather(self, key: torch.Tensor) -> None:
         keys = F.normalize(key.detach().float().transpose(0, 1).flatten(1, 2), dim=-1)

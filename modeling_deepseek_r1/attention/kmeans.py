@@ -1,8 +1,8 @@
 """Spherical k-means over keys, and which clusters a key belongs to and a query looks into.
 
 Centroids are unit vectors per key/value head. A key belongs to the centroid with the largest dot product, a query looks into
-the `count` largest (ties to the lower number), after a linear map of its head if there is one (`fitting.py`); both enter before
-rotation, so that a key's cluster does not depend on where it stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
+the `count` largest (ties to the lower number); both enter before rotation, so that a key's cluster does not depend on where it
+stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
 sees never depends on later ones.)
 
 Shapes: B batch, H query heads, G key/value heads, C clusters, D head size.
@@ -24,24 +24,12 @@ def assign_keys(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return torch.cat([(part.float() @ wide).argmax(-1) for part in keys.split(ASSIGNED_AT_ONCE, 2)], 2)
 
 
-def choose_clusters(
-    queries: torch.Tensor, centroids: torch.Tensor, count: int, query_map: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]`.
-
-    With a map `[H, D, D]` a query q looks as q + q A would.
-    """
-    parts = queries.split(ASSIGNED_AT_ONCE, 2)
-    return torch.cat([_largest(cluster_scores(part, centroids, query_map), count) for part in parts], 2)
-
-
-def cluster_scores(queries: torch.Tensor, centroids: torch.Tensor, query_map: torch.Tensor | None = None) -> torch.Tensor:
-    """`[B, H, Q, C]` float32, by which queries `[B, H, Q, D]` choose."""
-    queries = queries.float()
-    if query_map is not None:
-        queries = queries + queries @ query_map.float()
+def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
+    """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]`."""
+    groups = centroids.shape[0]
     wide = centroids.float().transpose(1, 2)[:, None]
-    return (queries.unflatten(1, (centroids.shape[0], -1)) @ wide).flatten(1, 2)
+    parts = queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3)
+    return torch.cat([_largest(part.float() @ wide, count) for part in parts], 3).flatten(1, 2)
 
 
 def _largest(products: torch.Tensor, count: int) -> torch.Tensor:

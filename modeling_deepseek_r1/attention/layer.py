@@ -111,17 +111,6 @@ class DeepseekR1Attention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing | Nodes | None]:
         """Rotated queries `[B, H, n, D]` and keys `[B, G, n, D]`, values, and what a routed or global layer knows besides."""
-        query, key, value = self.unrotated(hidden_states)
-        routing = self.router(hidden_states, query, key) if self.router is not None else None
-        if self.global_tokens is not None:
-            routing = self.global_tokens(hidden_states)
-        if self.uses_rotary:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        # Under autocast norms and rotation give float32, and the kernels want queries, keys and values of one dtype.
-        return query.to(value.dtype), key.to(value.dtype), value, routing
-
-    def unrotated(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values after bias, norm and clipping."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.qk_norm == "projection":
@@ -131,7 +120,14 @@ class DeepseekR1Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if self.clip_qkv is not None:
             query, key, value = (states.clamp(-self.clip_qkv, self.clip_qkv) for states in (query, key, value))
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        routing = self.router(hidden_states, query, key) if self.router is not None else None
+        if self.global_tokens is not None:
+            routing = self.global_tokens(hidden_states)
+        if self.uses_rotary:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        # Under autocast norms and rotation give float32, and the kernels want queries, keys and values of one dtype.
+        return query.to(value.dtype), key.to(value.dtype), value, routing
 
     def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | Nodes | None):
         positions, documents, held = layout.positions, layout.documents, None

@@ -1,20 +1,25 @@
-"""What a calibration reads, and the model that reads it: the one that is being converted, with the source's own attention."""
+"""One pass over a text, with the model that is being converted: the keys of every layer, clustered for routed attention.
+
+The model runs with the source's own attention, and only the directions of its keys before rotation are looked at. Gates start at
+zero, which lets remote keys count like near ones.
+"""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
+from ..attention.kmeans import fit_centroids
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.sparse import OWN_LAYER_TYPES
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 
 WINDOW_TOKENS = 2048
-"""Tokens of a calibration window, at least."""
-WINDOWS_OF_ATTENTION = 4
-"""A calibration window is at least so many attention windows long, so that most of its keys are remote to its last queries."""
+"""Tokens of a calibration window; clusters do not depend on positions, so windows need not be long."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Calibration:
         """Tokens to read for the centroids of a model."""
         if self.tokens is not None:
             return self.tokens
-        clusters = max((config.sparse_attention_of(i).num_clusters for i in routed_layers(config)), default=0)
+        routed = [i for i, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
+        clusters = max((config.sparse_attention_of(i).num_clusters for i in routed), default=0)
         return max(16384, 256 * clusters)
 
 
@@ -64,13 +70,11 @@ def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.weight"] = (layer.num_attention_heads, layer.hidden_size)
         shapes[f"{prefix}.bias"] = (layer.num_attention_heads,)
         shapes[f"{prefix}.centroids"] = (layer.num_key_value_heads, sparse.num_clusters, layer.head_dim)
-        shapes[f"{prefix}.query_map"] = (layer.num_attention_heads, layer.head_dim, layer.head_dim)
     return shapes
 
 
-def fitted_name(layer_idx: int, name: str) -> str:
-    """Name of a router's tensor in a checkpoint."""
-    return f"model.layers.{layer_idx}.self_attn.router.{name}"
+def centroids_name(layer_idx: int) -> str:
+    return f"model.layers.{layer_idx}.self_attn.router.centroids"
 
 
 def load_plain(
@@ -92,36 +96,70 @@ def load_plain(
     return model.eval().requires_grad_(False)
 
 
-def window_tokens(config: DeepseekR1TextConfig) -> int:
-    """Length of the calibration windows for a model."""
-    widest = max((config.per_layer_config[i].sliding_window or 0) for i in routed_layers(config))
-    return max(WINDOW_TOKENS, min(WINDOWS_OF_ATTENTION * widest, config.max_position_embeddings))
-
-
-def routed_layers(config: DeepseekR1TextConfig) -> list[int]:
-    """Numbers of the routed layers."""
-    return [layer_idx for layer_idx, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
-
-
-def text_windows(
-    tokenizer, calibration: Calibration, tokens: int, length: int = WINDOW_TOKENS
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Windows `[windows, length]`, equally many from each text, and what follows in each text, `[tokens_held_out]`.
+def text_windows(tokenizer, calibration: Calibration, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Windows `[windows, n]` for the centroids, equally many from each text, and what follows in each text, `[tokens_held_out]`.
 
     Raises:
         ValueError: a text that is too short for one window.
     """
     from ..evaluation.text import encode_text, read_text
 
-    per_text = max(1, tokens // length // len(calibration.texts))
+    per_text = max(1, tokens // WINDOW_TOKENS // len(calibration.texts))
     windows, held_out = [], []
     for name in calibration.texts:
         text = read_text([name])
         # Roughly four characters a token; encoding a whole book for its first pages would be a waste.
-        ids = encode_text(tokenizer, text[: (per_text * length + calibration.tried_tokens) * 12])
-        count = min(per_text, len(ids) // length)
+        ids = encode_text(tokenizer, text[: (per_text * WINDOW_TOKENS + calibration.tried_tokens) * 12])
+        count = min(per_text, len(ids) // WINDOW_TOKENS)
         if not count:
-            raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {length} are needed")
-        windows.append(ids[: count * length].view(count, length))
-        held_out.append(ids[count * length :][: calibration.tried_tokens])
+            raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed")
+        windows.append(ids[: count * WINDOW_TOKENS].view(count, WINDOW_TOKENS))
+        held_out.append(ids[count * WINDOW_TOKENS :][: calibration.tried_tokens])
     return torch.cat(windows), held_out
+
+
+def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The keys of some layers after bias and norm and before rotation: layer -> `[G, tokens, D]` in bfloat16."""
+    collected: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layers}
+    hooks = []
+    for layer_idx in layers:
+        attention = model.model.layers[layer_idx].self_attn
+        source: nn.Module = attention.k_norm if attention.k_norm is not None else attention.k_proj
+
+        def keep(module, args, output, layer_idx=layer_idx, size=attention.head_dim, clip=attention.clip_qkv):
+            keys = output.reshape(-1, output.shape[-1] // size if output.dim() == 3 else output.shape[-2], size)
+            keys = keys if clip is None else keys.clamp(-clip, clip)
+            collected[layer_idx].append(keys.transpose(0, 1).to(torch.bfloat16))
+
+        hooks.append(source.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            for window in tqdm(windows, unit="window", desc="calibrating", disable=None):
+                model.model(window.unsqueeze(0), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer_idx: torch.cat(parts, 1) for layer_idx, parts in collected.items()}
+
+
+def fit_routers(
+    model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, windows: torch.Tensor, seed: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of `router_tensors(config)`: fitted centroids, and gates at zero.
+
+    Args:
+        model: as `load_plain` makes it.
+        config: that of the routed model.
+        windows: `[windows, n]` token ids to read.
+
+    Raises:
+        ValueError: a text too short for the number of clusters.
+    """
+    routed = [layer_idx for layer_idx, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
+    keys = collect_keys(model, routed, windows)
+    shapes = router_tensors(config)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.endswith("centroids")}
+    for layer_idx in tqdm(routed, unit="layer", desc="clustering", disable=None):
+        clusters = config.sparse_attention_of(layer_idx).num_clusters
+        tensors[centroids_name(layer_idx)] = fit_centroids(keys.pop(layer_idx).float(), clusters, seed=seed)
+    return tensors

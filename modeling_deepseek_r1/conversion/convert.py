@@ -20,14 +20,13 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .calibrate import Calibration, as_calibration, load_plain, router_tensors, text_windows, window_tokens
+from .calibrate import Calibration, as_calibration, fit_routers, load_plain, router_tensors, text_windows
 from .domains import Texts, domains_entry, domains_without_text, fit_domain_gates, fitted_layers, read_domains
 from .families import TARGET_MODEL_TYPE
 from .global_tokens import with_global_tokens
 from .plan import EMBEDDING, HEAD, TensorPlan, expected_tensors, plan_tensors, stored_dtype
 from .recommend import Candidate, recommend
 from .report import ConversionReport, cache_size, describe_experts, describe_pattern, layer_attention
-from .routers import fit_routers
 from .source import GENERATION_FILE, LEGAL_FILES, TOKENIZER_FILES, FolderSource, Source, open_source
 from .target import AUTO, apply_pattern, plain_target, read_source_config
 from .tokenizer_files import (
@@ -214,8 +213,7 @@ def _fit(
     origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
 ) -> tuple[DeepseekR1ForCausalLM, dict[str, torch.Tensor], list[torch.Tensor]]:
     """The plain model, the router tensors fitted on it, and the text that was not read for them."""
-    sizes = calibration.tokens_for(target), window_tokens(target)
-    windows, held_out = text_windows(source_tokenizer(origin), calibration, *sizes)
+    windows, held_out = text_windows(source_tokenizer(origin), calibration, calibration.tokens_for(target))
     model = _load_plain(origin, target)
     return model, fit_routers(model, target, windows, calibration.seed), held_out
 

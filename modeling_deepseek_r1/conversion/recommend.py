@@ -19,7 +19,7 @@ from ..attention.ragged import document_attention
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.presets import LAYER_LETTERS
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .calibrate import Calibration, fitted_name
+from .calibrate import Calibration, centroids_name
 
 FULL_SHARES = (0.0, 0.125, 0.25, 0.5)
 """Shares of the layers that stay full, in the candidates."""
@@ -93,8 +93,9 @@ def recommend(
     Raises:
         ValueError: texts that are too short, or a budget that no pattern keeps.
     """
+    centroids = {i: routers[centroids_name(i)] for i in range(config.num_hidden_layers)}
     length = min(len(ids) for ids in held_out)
-    candidates = try_patterns(model, config, routers, torch.stack([ids[:length] for ids in held_out]))
+    candidates = try_patterns(model, config, centroids, torch.stack([ids[:length] for ids in held_out]))
     max_increase = calibration.max_increase
     if max_increase is None and calibration.max_cost is None:
         max_increase = DEFAULT_MAX_INCREASE
@@ -104,7 +105,7 @@ def recommend(
 def try_patterns(
     model: DeepseekR1ForCausalLM,
     config: DeepseekR1TextConfig,
-    routers: dict[str, torch.Tensor],
+    centroids: dict[int, torch.Tensor],
     windows: torch.Tensor,
 ) -> list[Candidate]:
     """Measures full, routed and local patterns of one model.
@@ -112,7 +113,7 @@ def try_patterns(
     Args:
         model: with full attention in all layers.
         config: that of the model with routed attention in all layers.
-        routers: as for `recommend`.
+        centroids: layer -> `[G, C, D]`.
         windows: `[N, L]` held-out token ids, longer than the attention window by four times `COPIED_TOKENS` at least.
 
     Raises:
@@ -124,7 +125,7 @@ def try_patterns(
             f"{windows.shape[1]} tokens held out of the shortest calibration text are too few to try a sliding window of {window};"
             f" {window + 4 * COPIED_TOKENS} are needed: give longer texts, or fewer tokens to the centroids"
         )
-    switch = _Switch(model, config, routers)
+    switch = _Switch(model, config, centroids)
     windows = _with_copies(windows)
     costs = _layer_costs(model, switch, windows[:1])
     full_cost = sum(cost.products["full_attention"] for cost in costs)
@@ -162,7 +163,7 @@ def candidate_patterns(costs: Sequence[LayerCost]) -> list[list[str]]:
 class _Switch:
     """Changes the attention of a model that has no cache, layer by layer."""
 
-    def __init__(self, model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, routers: dict[str, torch.Tensor]):
+    def __init__(self, model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, centroids: dict[int, torch.Tensor]):
         self.attentions = [layer.self_attn for layer in model.model.layers]
         self.patterns, self.routers = [], []
         for layer_idx in range(len(self.attentions)):
@@ -173,10 +174,8 @@ class _Switch:
             self.patterns.append(dict(zip(("full_attention", *_KINDS), (AttentionPattern(), routed, local), strict=True)))
             sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
             router = DeepseekR1Router(layer.hidden_size, *sizes, own.num_clusters, own.routed_clusters)
-            router.requires_grad_(False)
-            for name, tensor in router.state_dict().items():
-                tensor.copy_(routers[fitted_name(layer_idx, name)])
-            self.routers.append(router)
+            router.centroids.copy_(centroids[layer_idx])
+            self.routers.append(router.requires_grad_(False))
 
     def to(self, kinds: Sequence[str]) -> None:
         for attention, patterns, router, kind in zip(self.attentions, self.patterns, self.routers, kinds, strict=True):
