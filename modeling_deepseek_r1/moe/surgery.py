@@ -95,7 +95,7 @@ def grow_experts(
         return [[expert] for expert in sorted(order)] + [[expert] for expert in order[:count]]
 
     origins = _choose(model, usage, number, chosen)
-    grown = _rebuilt(model, _resized(model, number, 1, bias_balancing=True), _means(origins))
+    grown = rebuilt(model, _resized(model, number, 1, bias_balancing=True), _means(origins))
     with torch.no_grad():
         for router, groups in zip(grown.base_model.routers, origins.values(), strict=True):
             first = {group[0]: place for place, group in reversed(list(enumerate(groups)))}
@@ -146,7 +146,7 @@ def split_experts(model: PreTrainedModel) -> tuple[PreTrainedModel, Origins]:
 
     config = _with_counts(model.config, lambda domain, count: 2 * count, double)
     origins = {n: [[e // 2] for e in range(2 * model.config.per_layer_config[n].num_experts)] for n in sparse_layers(model)}
-    return _rebuilt(model, config, halves), origins
+    return rebuilt(model, config, halves), origins
 
 
 def prune_experts(
@@ -162,7 +162,7 @@ def prune_experts(
         return [[expert] for expert in sorted(_kept(order, count, layer_idx))]
 
     origins = _choose(model, usage, number, chosen)
-    return _rebuilt(model, _resized(model, number, -1), _means(origins)), origins
+    return rebuilt(model, _resized(model, number, -1), _means(origins)), origins
 
 
 def merge_experts(
@@ -188,7 +188,7 @@ def merge_experts(
         if model.config.routing_of(layer_idx).expert_rank is not None:
             raise ValueError(f"layer {layer_idx}: low-rank experts cannot be merged, since their factors have no mean")
     origins = _choose(model, usage, number, chosen)
-    return _rebuilt(model, _resized(model, number, -1), _means(origins, usage)), origins
+    return rebuilt(model, _resized(model, number, -1), _means(origins, usage)), origins
 
 
 def _kept(order: list[int], count: int, layer_idx: int) -> list[int]:
@@ -279,8 +279,10 @@ def _with_counts(
         raise ValueError(str(error)) from error
 
 
-def _rebuilt(model: PreTrainedModel, config, convert: Callable[[int, str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:
-    """A model with `config`, of this one's tensors; `convert` makes those that depend on the number of experts."""
+def rebuilt(
+    model: PreTrainedModel, config, convert: Callable[[int, str, torch.Tensor], torch.Tensor | None]
+) -> PreTrainedModel:
+    """A model with `config`, of this one's tensors; `convert` makes those that depend on the number of experts, or nothing."""
     implementations = model.config._attn_implementation, model.config._experts_implementation
     new = type(model)._from_config(
         config, dtype=model.dtype, attn_implementation=implementations[0], experts_implementation=implementations[1]
@@ -288,7 +290,8 @@ def _rebuilt(model: PreTrainedModel, config, convert: Callable[[int, str, torch.
     state = new.state_dict()
     for name, tensor in model.state_dict().items():
         match = PER_EXPERT.fullmatch(name)
-        state[name] = convert(int(match[1]), match[2], tensor) if match else tensor
+        made = convert(int(match[1]), match[2], tensor) if match else tensor
+        state |= {name: made} if made is not None else {}
     new.load_state_dict(state)
     if model.can_generate():
         new.generation_config = model.generation_config

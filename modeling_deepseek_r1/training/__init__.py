@@ -23,6 +23,7 @@ from .router_hooks import ExpertCapacity, ExpertSampling
 from .run import TrainingReport, train_checkpoint
 from .select_experts import ExpertSelection, choose_experts, measure_relevance
 from .sparsity import ProgressiveSparsity
+from .temporary import TemporaryTraining
 from .thresholds import ThresholdUpdate, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
@@ -43,6 +44,7 @@ __all__ = [
     "ExpertSelection",
     "ProgressiveSparsity",
     "Recipe",
+    "TemporaryTraining",
     "ThresholdUpdate",
     "TrainableReport",
     "TrainingReport",
