@@ -20,6 +20,8 @@ MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end 
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
     "attention_layer_bfloat16": "benchmark_attention.py --dtypes bfloat16 --compared 8192 --masked 8192",
+    "dynamic_k": "benchmark_dynamic_k.py",
+    "expert_cache": "benchmark_expert_cache.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
@@ -182,6 +184,38 @@ def expert_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cache_table(result: dict) -> str:
+    """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
+    kinds = list(result["texts"])
+    header = [
+        "experts in memory",
+        *(f"{kind}: {what}" for kind in kinds for what in ("hit rate", "speed", "speed, nothing in advance")),
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|--:|" + "--:|" * (len(header) - 1)]
+    cells = {(kind, c["share"], c["prefetch"]): c for kind in kinds for c in result["texts"][kind]}
+    for share in sorted({share for _, share, _ in cells}):
+        row = [f"{share:.1%}".replace(".0%", "%")]
+        for kind in kinds:
+            cell, without = cells[kind, share, True], cells[kind, share, False]
+            row += [f"{cell['hit_rate']:.0%}", *(f"{c['speed']['median']:.2f}x" for c in (cell, without))]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n\nSpeed of decoding beside the same model with all experts in memory; the text is the same.\n"
+
+
+def dynamic_table(result: dict) -> str:
+    """Rows: shares of active experts; columns: what that does to perplexity and time."""
+    total, lines = result["settings"]["experts"], [
+        "| experts per token | perplexity | as many for every token | time of the sparse layers | beside the dense MLPs |",
+        "|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for cell in result["cells"]:
+        lines.append(
+            f"| {cell['active']:.1f} of {total} | {cell['increase']:+.1%} | {cell['fixed']['increase']:+.1%}"
+            f" | {cell['time_ratio']['median']:.2f}x | {cell['dense_ratio']['median']:.2f}x |"
+        )
+    return "\n".join(lines) + f"\n\nSmolLM2 has a perplexity of {result['dense_perplexity']:.2f} on this text.\n"
+
+
 def training_table(result: dict) -> str:
     """Rows: before, and both models after the training; columns: held-out loss by domain. Below: what the routers do."""
     models, settings = result["models"], result["settings"]
@@ -231,6 +265,8 @@ def _difference(models: dict, name: str, first: str, second: str) -> tuple[float
 
 
 TABLES = {
+    "dynamic_k": dynamic_table,
+    "expert_cache": cache_table,
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
