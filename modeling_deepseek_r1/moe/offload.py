@@ -334,8 +334,9 @@ def attach_expert_cache(model: nn.Module, checkpoint: str | Path, budget_bytes: 
         raise FileNotFoundError(f"no checkpoint folder {checkpoint}")
     blocks = {
         number: layer.mlp
-        for number, layer in enumerate(model.base_model.layers)
-        if isinstance(layer.mlp, DeepseekR1SparseMoeBlock) and isinstance(layer.mlp.experts, DeepseekR1Experts)
+        for number, layer in enumerate(getattr(model.base_model, "layers", ()))
+        if isinstance(getattr(layer, "mlp", None), DeepseekR1SparseMoeBlock)
+        and isinstance(layer.mlp.experts, DeepseekR1Experts)
     }
     if not blocks:
         raise ValueError("the model has no experts with matrices of their own (low-rank experts share one MLP and are small)")

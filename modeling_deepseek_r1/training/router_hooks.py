@@ -169,5 +169,7 @@ class ExpertSampling(RouterHook):
         noise = -torch.empty_like(logits).exponential_().log()
         # As a bias it changes the order alone: probability + bias is then the order of the noisy logits.
         bias = (logits / self.temperature + noise).softmax(-1) - logits.softmax(-1)
+        if router.balance_bias is not None:
+            bias = bias + router.balance_bias
         limits = router.slots, router.minimum, router.threshold, router.normalise
         return RouterOutput(routed.logits, *select_experts(routed.logits, *limits, bias))

@@ -10,28 +10,19 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from modeling_deepseek_r1.attention.pattern import remote_keys, visible_keys, visible_nodes
 from modeling_deepseek_r1.cli import main
 from modeling_deepseek_r1.inspection import inspect_text, render_page
+from tests.data.tokenizers import make_tokenizer
 from tests.models import EXPERT_PATTERNS, PATTERNS, tiny_model
 
 HOSTILE = "</script><b>&amp;\u2028 ünï “¶” <!--\n\n x = 1;" * 2
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
-
-
 def inspected(pattern: str, text: str = HOSTILE, **options):
-    model = tiny_model(pattern, vocab_size=256)
-    return model, inspect_text(model, byte_tokenizer(), text, name=f"<{pattern}>", **options)
+    model = tiny_model(pattern, vocab_size=259)
+    return model, inspect_text(model, make_tokenizer(None), text, name=f"<{pattern}>", **options)
 
 
 class Page(HTMLParser):
@@ -167,8 +158,8 @@ def test_a_browser_shows_it(pattern, tmp_path):
 
 
 def test_the_command_writes_and_refuses(tmp_path, capsys):
-    tiny_model("sinks", vocab_size=256).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_model("sinks", vocab_size=259).save_pretrained(tmp_path / "model")
+    make_tokenizer(None).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("some words of prose, " * 9)
     command = ["report", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--output"]
     assert main([*command, str(tmp_path / "page.html"), "--tokens", "50"]) == 0
@@ -187,6 +178,6 @@ def test_the_command_writes_and_refuses(tmp_path, capsys):
 def test_models_of_other_libraries_are_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ValueError, match="this one is 'llama'"):
-        inspect_text(LlamaForCausalLM(config), byte_tokenizer(), "some text")
+        inspect_text(LlamaForCausalLM(config), make_tokenizer(None), "some text")

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modeling_deepseek_r1.cli import main
 from modeling_deepseek_r1.moe.offload import CachedExperts, attach_expert_cache, offload_experts, packed_matrices
+from tests.data.tokenizers import make_tokenizer
 from tests.models import random_ids, tiny_model
 
 PATTERNS = ["experts", "expert_domains", "shared_expert"]
@@ -121,6 +123,19 @@ def test_reading_in_advance_while_others_compute(tmp_path):
     thread.join(60)
     assert not thread.is_alive() and wrong == []
     assert cache.resident_bytes <= cache.budget_bytes and cache.statistics.prefetched > 0
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_model("experts", vocab_size=259, eos_token_id=None).save_pretrained(tmp_path)
+    make_tokenizer(None).save_pretrained(tmp_path)
+    command = ["generate", str(tmp_path), "--raw", "--prompt", "some words", "--temperature", "0", "--max-new-tokens", "12"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--expert-memory", "0.06"]) == 0
+    found = capsys.readouterr()
+    assert found.out == expected and "in memory when they were needed: " in found.err
+    assert main([*command, "--expert-memory", "0.001"]) == 1
+    assert "does not hold two experts" in capsys.readouterr().err
 
 
 PEAK = """
