@@ -204,16 +204,16 @@ def cache_table(result: dict) -> str:
 
 def dynamic_table(result: dict) -> str:
     """Rows: shares of active experts; columns: what that does to perplexity and time."""
-    total, lines = result["settings"]["experts"], [
-        "| experts per token | perplexity | as many for every token | time of the sparse layers | beside the dense MLPs |",
-        "|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
-    for cell in result["cells"]:
-        lines.append(
-            f"| {cell['active']:.1f} of {total} | {cell['increase']:+.1%} | {cell['fixed']['increase']:+.1%}"
-            f" | {cell['time_ratio']['median']:.2f}x | {cell['dense_ratio']['median']:.2f}x |"
-        )
-    return "\n".join(lines) + f"\n\nSmolLM2 has a perplexity of {result['dense_perplexity']:.2f} on this text.\n"
+    lines = [
+        "| | experts per token | perplexity | the same number for every token | time of the sparse layers |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for name, found in result["models"].items():
+        for cell in found["cells"]:
+            fixed = f"{cell['fixed']['active']:.0f}: {cell['fixed']['increase']:+.1%}"
+            ratio = f"{cell['over_all']['median']:.2f}x"
+            lines.append(f"| {name} | {cell['active']:.2f} of {cell['of']} | {cell['increase']:+.1%} | {fixed} | {ratio} |")
+    return "\n".join(lines) + "\n\nAll beside the same model with all of these experts active for every token.\n"
 
 
 def training_table(result: dict) -> str:

@@ -143,7 +143,8 @@ def set_active_share(model: PreTrainedModel, windows: torch.Tensor, share: float
     """Sets the thresholds of a model from `split_mlps` so that a text's tokens have a mean share of the experts active.
 
     Each layer is asked how much of the squared size of its hidden states it would lose with 1 / 10, 2 / 10, ... of its slots; the
-    slots that cost least are then left out, wherever they are.
+    slots that cost least are then left out, wherever they are. All tokens count alike: in some models a few have hidden states
+    a thousand times as large as the others.
 
     Args:
         windows: `[N, n]` token ids.
@@ -164,14 +165,14 @@ def set_active_share(model: PreTrainedModel, windows: torch.Tensor, share: float
         raise ValueError("set_active_share needs layers whose number of active experts varies (min_experts_per_tok)")
     for block in blocks.values():
         block.router.threshold.zero_()
-    options: dict[int, list[tuple[float, float, float]]] = {}
-    sizes: dict[int, float] = {}
+    options: dict[int, list[tuple[float, torch.Tensor, float]]] = {}
+    sizes: dict[int, torch.Tensor] = {}
 
     def look(number: int, block: DeepseekR1SparseMoeBlock, args, output) -> None:
         options[number] = _options(block, args[0].flatten(0, -2), output[2].flatten(0, -2), output[3].flatten(0, -2))
 
     def measure(number: int, layer, args, output) -> None:
-        sizes[number] = float(output[0].float().square().sum())
+        sizes[number] = output[0].flatten(0, -2).float().square().sum(-1)
 
     hooks = [block.register_forward_hook(partial(look, number)) for number, block in blocks.items()]
     hooks += [model.base_model.layers[number].register_forward_hook(partial(measure, number)) for number in blocks]
@@ -183,7 +184,7 @@ def set_active_share(model: PreTrainedModel, windows: torch.Tensor, share: float
         if not steps:
             break
         prices = {
-            number: (after[1] - before[1]) / sizes[number] / max(before[0] - after[0], 1e-9)
+            number: float(((after[1] - before[1]) / sizes[number]).mean()) / max(before[0] - after[0], 1e-9)
             for number, (before, after) in steps.items()
         }
         chosen[min(prices, key=prices.get)] += 1
@@ -192,15 +193,15 @@ def set_active_share(model: PreTrainedModel, windows: torch.Tensor, share: float
     return {number: options[number][step][0] for number, step in chosen.items()}
 
 
-def _options(block, rows: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> list[tuple[float, float, float]]:
-    """(active share, squared size of what is left out, threshold), from all active to few."""
+def _options(block, rows: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> list[tuple[float, torch.Tensor, float]]:
+    """(active share, squared size of what each token leaves out, threshold), from all active to few."""
     ordered, found = weights.flatten().sort().values, []
     for step in range(SHARES):
         threshold = float(ordered[len(ordered) * step // SHARES]) if step else 0.0
         out = weights < threshold
         out[:, 0] = False
         lost = block.experts(rows, index.masked_fill(~out, 0), weights.masked_fill(~out, 0.0))
-        found.append((1 - float(out.float().mean()), float(lost.float().square().sum()), threshold))
+        found.append((1 - float(out.float().mean()), lost.float().square().sum(-1), threshold))
     return found
 
 

@@ -24,7 +24,7 @@ from .run import TrainingReport, train_checkpoint
 from .select_experts import ExpertSelection, choose_experts, measure_relevance
 from .sparsity import ProgressiveSparsity
 from .temporary import TemporaryTraining
-from .thresholds import ThresholdUpdate, move_thresholds
+from .thresholds import ThresholdUpdate, fit_thresholds, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
@@ -53,6 +53,7 @@ __all__ = [
     "choose_experts",
     "detach_experts",
     "export_peft",
+    "fit_thresholds",
     "freeze",
     "import_peft",
     "last_checkpoint",

@@ -12,6 +12,7 @@ from modeling_deepseek_r1.training import (
     ExpertClipping,
     ExpertSampling,
     ProgressiveSparsity,
+    fit_thresholds,
     last_checkpoint,
 )
 from tests.models import random_ids, tiny_model
@@ -139,6 +140,21 @@ def test_progressive_sparsity_follows_its_schedule(tmp_path):
             (r.top_k_weights != 0).sum(-1).float().mean() for r in model.eval().model(ids, output_router_logits=True).routed
         ]
     assert torch.stack(active).mean() < 3.5
+
+
+@pytest.mark.parametrize("target", [1.0, 1.7, 3.0])
+def test_thresholds_fitted_to_a_text(target):
+    model, ids = tiny_model("expert_domains"), random_ids(4, 40)
+    fit_thresholds(model, ids, target)
+    fit_thresholds(model, ids, target)
+    with torch.no_grad():
+        routed = model.model(ids, output_router_logits=True).routed
+    assert [float((layer.top_k_weights != 0).sum(-1).float().mean()) for layer in routed] == pytest.approx(
+        [target] * 3, abs=0.15
+    )
+    for wrong, value, message in ((model, 3.5, "between 1 and 3"), (tiny_model("experts"), 1.0, "none has a threshold")):
+        with pytest.raises(ValueError, match=message):
+            fit_thresholds(wrong, ids, value)
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, None], ids=["plain", "own"])
