@@ -108,7 +108,7 @@ def draw(result: dict, path: str) -> None:
                     axes.annotate(f"{cell['share']:.0%}", (hit, speed), (4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("experts that were in memory when asked for, %")
     axes.set_ylabel("speed of decoding, all in memory = 1")
-    axes.set_ylim(0)
+    axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.supxlabel("At each point: the budget, as a share of all experts", fontsize=8, color="#555555")
