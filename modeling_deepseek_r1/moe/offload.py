@@ -176,8 +176,8 @@ class ExpertCache:
             candidates = [other for other, entry in self._resident.items() if entry.ready and other not in spared]
             if not candidates:
                 return None
-            # What has just been read in advance leaves last, little used as it may be.
-            leaving = min(candidates, key=lambda other: (other in self._guessed, self._worth.get(other, -math.inf)))
+            # What is about to be used leaves last, little used as it may have been.
+            leaving = min(candidates, key=lambda k: (k in self._in_use, k in self._guessed, self._worth.get(k, -math.inf)))
             buffers = self._resident.pop(leaving).buffers
             self.resident_bytes -= self.expert_bytes[leaving[0]]
         packed = self.files[key[0]]
