@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
     "evaluate": "measure quality, speed and memory of a checkpoint",
+    "report": "show what a model does with a text, token by token, as one HTML page",
     "export": "write a checkpoint that loads without this package installed (trust_remote_code)",
 }
 """Subcommand -> its line in `deepseek-r1 --help`."""

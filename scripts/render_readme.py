@@ -19,6 +19,8 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
+    "dynamic_k": "benchmark_dynamic_k.py",
+    "expert_cache": "benchmark_expert_cache.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
@@ -200,6 +202,38 @@ def expert_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cache_table(result: dict) -> str:
+    """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
+    kinds = list(result["texts"])
+    header = [
+        "experts in memory",
+        *(f"{kind}: {what}" for kind in kinds for what in ("hit rate", "speed", "speed, nothing in advance")),
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|--:|" + "--:|" * (len(header) - 1)]
+    cells = {(kind, c["share"], c["prefetch"]): c for kind in kinds for c in result["texts"][kind]}
+    for share in sorted({share for _, share, _ in cells}):
+        row = [f"{share:.1%}".replace(".0%", "%")]
+        for kind in kinds:
+            cell, without = cells[kind, share, True], cells[kind, share, False]
+            row += [f"{cell['hit_rate']:.0%}", *(f"{c['speed']['median']:.2f}x" for c in (cell, without))]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n\nSpeed of decoding beside the same model with all experts in memory; the text is the same.\n"
+
+
+def dynamic_table(result: dict) -> str:
+    """Rows: shares of active experts; columns: what that does to perplexity and time."""
+    lines = [
+        "| | experts per token | perplexity | the same number for every token | time of the sparse layers |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for name, found in result["models"].items():
+        for cell in found["cells"]:
+            fixed = f"{cell['fixed']['active']:.0f}: {cell['fixed']['increase']:+.1%}"
+            ratio = f"{cell['over_all']['median']:.2f}x"
+            lines.append(f"| {name} | {cell['active']:.2f} of {cell['of']} | {cell['increase']:+.1%} | {fixed} | {ratio} |")
+    return "\n".join(lines) + "\n\nAll beside the same model with all of these experts active for every token.\n"
+
+
 def training_table(result: dict) -> str:
     """Rows: before, and both models after the training; columns: held-out loss by domain. Below: what the routers do."""
     models, settings = result["models"], result["settings"]
@@ -249,6 +283,8 @@ def _difference(models: dict, name: str, first: str, second: str) -> tuple[float
 
 
 TABLES = {
+    "dynamic_k": dynamic_table,
+    "expert_cache": cache_table,
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,

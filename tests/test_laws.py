@@ -19,7 +19,7 @@ STOREYS = (
     {"tokenization", "attention", "moe", "multimodal"},
     {"modeling_deepseek_r1", "modeling_multimodal"},
     {"registration"},
-    {"conversion", "data", "generation", "training", "quantization", "serving", "evaluation"},
+    {"conversion", "data", "generation", "training", "quantization", "serving", "evaluation", "inspection"},
     {"__init__"},
     {"commands", "extras"},
     {"cli"},

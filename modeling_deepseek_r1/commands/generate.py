@@ -21,6 +21,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
     )
+    memory_help = "hold at most so much of the experts in memory and read the others when needed, in the checkpoint's dtype"
+    parser.add_argument("--expert-memory", type=float, metavar="MB", help=memory_help)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,9 @@ def run(args: argparse.Namespace) -> None:
         return
     ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
     model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+    if args.expert_memory is not None:
+        share = model.expert_cache.statistics.hit_rate
+        print(f"experts that were in memory when they were needed: {share:.1%}", file=sys.stderr)
 
 
 def _joined_inputs(args: argparse.Namespace, prompt: str):
@@ -78,6 +83,10 @@ def load(args: argparse.Namespace):
     from ..evaluation.loading import DTYPES, load_model, load_tokenizer
 
     torch.manual_seed(args.seed)
+    if args.expert_memory is not None:
+        from ..moe.offload import offload_experts
+
+        return offload_experts(args.checkpoint, int(args.expert_memory * 1e6)), load_tokenizer(args.checkpoint)
     return load_model(args.checkpoint, DTYPES[args.dtype]), load_tokenizer(args.checkpoint)
 
 

@@ -190,7 +190,8 @@ def experts_forward(
 
     Args:
         hidden_states: `[T, H]`.
-        gate_up_proj: `[E, 2I, H]`, the gate's rows first. down_proj: `[E, H, I]`.
+        gate_up_proj: `[E, 2I, H]`, the gate's rows first. down_proj: `[E, H, I]`. Without gradients, anything of such a `shape`
+            that gives the matrix of an expert by its number.
         top_k_index, top_k_weights: `[T, K]`; a slot with weight 0 costs nothing.
         act_fn: activation of the gate, element by element.
 
@@ -221,11 +222,11 @@ def _one_token(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weight
 def _run_experts(hidden_states, gate_up_proj, down_proj, weights, tokens, sizes, act_fn, projected=None) -> torch.Tensor:
     """The forward pass; `projected`, `[S, 2I]`, takes what the backward pass needs."""
     blocks = list(_blocks(sizes))
-    gate_up, down = gate_up_proj.transpose(1, 2).unbind(), down_proj.transpose(1, 2).unbind()
+    gate_up, down = _transposed(gate_up_proj), _transposed(down_proj)
     output = torch.zeros_like(hidden_states)
     # One block's rows stay in the processor's cache, and memory that has been touched once is not asked for again.
     longest = max((stop - start for _, start, stop in blocks), default=0)
-    buffer, scratch = hidden_states.new_empty(longest, output.shape[1]), hidden_states.new_empty(longest, gate_up[0].shape[1])
+    buffer, scratch = hidden_states.new_empty(longest, output.shape[1]), hidden_states.new_empty(longest, gate_up_proj.shape[1])
     for experts, start, stop in blocks:
         rows = torch.index_select(hidden_states, 0, tokens[start:stop], out=buffer[: stop - start])
         target = scratch[: stop - start] if projected is None else projected[start:stop]
@@ -239,6 +240,19 @@ def _run_experts(hidden_states, gate_up_proj, down_proj, weights, tokens, sizes,
             torch.mm(part, down[expert], out=into)
         output.index_add_(0, tokens[start:stop], rows)
     return output
+
+
+class _Transposed:
+    def __init__(self, matrices):
+        self.matrices = matrices
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return self.matrices[expert].t()
+
+
+def _transposed(packed):
+    """The matrix of an expert, transposed, by its number; all of them at once where they are there."""
+    return packed.transpose(1, 2).unbind() if isinstance(packed, torch.Tensor) else _Transposed(packed)
 
 
 class _Experts(torch.autograd.Function):

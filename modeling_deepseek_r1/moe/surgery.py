@@ -280,10 +280,13 @@ def _with_counts(
 
 
 def rebuilt(
-    model: PreTrainedModel, config, pattern: re.Pattern, convert: Callable[[int, str, torch.Tensor], torch.Tensor]
+    model: PreTrainedModel,
+    config,
+    pattern: re.Pattern,
+    convert: Callable[[int, str, torch.Tensor], torch.Tensor | None],
 ) -> PreTrainedModel:
     """A model with `config`, of this one's tensors. Those whose names match `pattern`, which has groups for the layer and the rest
-    of the name, are made by `convert(layer, rest, tensor)`."""
+    of the name, are made by `convert(layer, rest, tensor)`; None = the new model has its own, or none."""
     implementations = model.config._attn_implementation, model.config._experts_implementation
     new = type(model)._from_config(
         config, dtype=model.dtype, attn_implementation=implementations[0], experts_implementation=implementations[1]
@@ -291,7 +294,8 @@ def rebuilt(
     state = new.state_dict()
     for name, tensor in model.state_dict().items():
         match = pattern.fullmatch(name)
-        state[name] = convert(int(match[1]), match[2], tensor) if match else tensor
+        made = convert(int(match[1]), match[2], tensor) if match else tensor
+        state |= {name: made} if made is not None else {}
     new.load_state_dict(state)
     if model.can_generate():
         new.generation_config = model.generation_config

@@ -6,6 +6,7 @@ from .balance import BiasUpdate, move_balance_biases
 from .centroids import CentroidUpdate, move_centroids
 from .clipping import AdaptiveClipping
 from .distillation import DistillationConfig, DistillationTrainer, load_teacher, share_weights
+from .expert_clipping import ExpertClipping
 from .expert_lora import (
     attach_experts,
     detach_experts,
@@ -18,8 +19,10 @@ from .expert_lora import (
 )
 from .learning_rate import AdaptiveLearningRate
 from .recipe import Recipe
+from .router_hooks import ExpertCapacity, ExpertSampling
 from .run import TrainingReport, train_checkpoint
 from .select_experts import ExpertSelection, choose_experts, measure_relevance
+from .sparsity import ProgressiveSparsity
 from .task_gate import (
     attach_task_gates,
     detach_task_gates,
@@ -29,7 +32,8 @@ from .task_gate import (
     select_task,
     specialise,
 )
-from .thresholds import ThresholdUpdate, move_thresholds
+from .temporary import TemporaryTraining
+from .thresholds import ThresholdUpdate, fit_thresholds, move_thresholds
 from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
@@ -43,8 +47,13 @@ __all__ = [
     "DeepseekR1TrainingArguments",
     "DistillationConfig",
     "DistillationTrainer",
+    "ExpertCapacity",
+    "ExpertClipping",
+    "ExpertSampling",
     "ExpertSelection",
+    "ProgressiveSparsity",
     "Recipe",
+    "TemporaryTraining",
     "ThresholdUpdate",
     "TrainableReport",
     "TrainingReport",
@@ -55,6 +64,7 @@ __all__ = [
     "detach_experts",
     "detach_task_gates",
     "export_peft",
+    "fit_thresholds",
     "freeze",
     "import_peft",
     "last_checkpoint",

@@ -34,6 +34,49 @@ def move_thresholds(model: nn.Module, rate: float = 0.05) -> None:
         router.move_threshold(rate, reduction())
 
 
+@torch.no_grad()
+def fit_thresholds(model: nn.Module, windows: torch.Tensor, target: float) -> dict[int, float]:
+    """Sets every threshold so that the tokens of a text have `target` experts on average in every sparse layer, without training.
+
+    A layer's threshold changes what later layers get; it is set from what they get with the thresholds that were there before.
+
+    Args:
+        model: one of this library, with `min_experts_per_tok` below `num_experts_per_tok`.
+        windows: `[N, n]` token ids.
+
+    Returns:
+        Number of a sparse layer, counted among these, -> its threshold.
+
+    Raises:
+        ValueError: no layer with a threshold, or a target that one cannot have.
+    """
+    routers = [module for module in model.modules() if isinstance(module, DeepseekR1ExpertRouter)]
+    routers = [router for router in routers if router.threshold is not None]
+    if not routers:
+        raise ValueError("no layer has routing['min_experts_per_tok'] below num_experts_per_tok, so none has a threshold")
+    found: dict[int, list[torch.Tensor]] = {number: [] for number in range(len(routers))}
+    hooks = []
+    for number, router in enumerate(routers):
+        if not router.minimum <= target <= router.slots:
+            raise ValueError(f"target={target} must lie between {router.minimum} and {router.slots} experts")
+
+        def keep(module, args, routed, seen=found[number]):
+            seen.append(routed.logits.softmax(-1).topk(module.slots, -1).values[:, module.minimum :])
+
+        hooks.append(router.register_forward_hook(keep))
+    try:
+        model.base_model(windows.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for number, router in enumerate(routers):
+        further = torch.cat(found[number])
+        wanted = round((target - router.minimum) * len(further))
+        ordered = further.flatten().sort(descending=True).values
+        router.threshold.fill_(float(ordered[wanted - 1]) if wanted else 1.0)
+    return {number: float(router.threshold) for number, router in enumerate(routers)}
+
+
 class ThresholdUpdate(StatisticsUpdate):
     """Moves the thresholds of sparse layers towards `target_experts_per_tok`.
 
