@@ -24,6 +24,7 @@ COMMANDS = {
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
+    "experts_training_step": "benchmark_training_step.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
     "smollm2_experts_training": "benchmark_training.py",
@@ -234,6 +235,22 @@ def dynamic_table(result: dict) -> str:
     return "\n".join(lines) + "\n\nAll beside the same model with all of these experts active for every token.\n"
 
 
+def step_table(result: dict) -> str:
+    """Rows: models with experts; columns: a step beside that of the dense model, and peak memory with checkpointing."""
+    lines = ["| | dense | experts | | activations | with checkpointing |", "|---|--:|--:|--:|--:|--:|"]
+    for name, found in result["models"].items():
+        seconds = [f"{found['seconds'][kind]['median']:.2f} s" for kind in ("dense", "experts")]
+        kept, recomputed = (found["peak_bytes"][kind] / 2**20 for kind in ("kept", "recomputed"))
+        memory = f"{kept:.0f} MiB | {recomputed:.0f} MiB · {recomputed / kept:.2f}x"
+        lines.append(f"| {name} | {' | '.join(seconds)} | {found['ratio']['median']:.2f}x | {memory} |")
+    settings = result["settings"]
+    return "\n".join(lines) + (
+        f"\n\nA step of {settings['batch_size']} x {settings['length']} tokens. Low-rank: SmolLM2, beside adapters of the rank that is"
+        " active per token. Copies: a small model, beside MLPs as wide as the active experts together. Activations: peak memory of"
+        " forward and backward beyond weights and gradients.\n"
+    )
+
+
 def training_table(result: dict) -> str:
     """Rows: before, and both models after the training; columns: held-out loss by domain. Below: what the routers do."""
     models, settings = result["models"], result["settings"]
@@ -291,6 +308,7 @@ TABLES = {
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "expert_layer": expert_table,
+    "experts_training_step": step_table,
     "smollm2_experts_training": training_table,
     "smollm2_generation": generation_table,
     "smollm2_routing": routing_table,
