@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitImageProcessor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
@@ -162,9 +162,11 @@ def image_processor(vision: str, config, image_size: int | None):
     if own is not None and image_size is None:
         return own
     if own is None:
+        from transformers import BitImageProcessorPil  # needs the extra "vision"
+
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         side = config.image_size if config.model_type != "dinov2" else side
-        return BitImageProcessor(size=_square(side), do_center_crop=False, image_mean=mean, image_std=std)
+        return BitImageProcessorPil(size=_square(side), do_center_crop=False, image_mean=mean, image_std=std)
     own.size, own.do_center_crop = _square(side), False
     return own
 
