@@ -171,7 +171,7 @@ class Engine:
         prompt_tokens, generated_tokens: so far.
 
     Raises:
-        ValueError: limits that allow nothing.
+        ValueError: limits that allow nothing, or a model of another library.
     """
 
     def __init__(
@@ -194,6 +194,13 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._try_out()
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """Reads one token: a model that cannot be served says so now."""
+        prepared = prepare(self.model, torch.zeros(1, 1, dtype=torch.long, device=self.model.device), {"max_new_tokens": 1})
+        CandidateRows(self.model, joins=True).read(Wave(*prepared, [Candidate()]))
 
     @property
     def is_running(self) -> bool:

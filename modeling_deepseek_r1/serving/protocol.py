@@ -8,10 +8,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-except ImportError as error:
-    raise ImportError("serving needs pydantic, starlette, uvicorn and prometheus-client: install the extra [serve]") from error
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class ApiError(Exception):
@@ -31,7 +28,7 @@ class ApiError(Exception):
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -67,8 +64,8 @@ class Sampling(Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # These are not there.
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @property
@@ -169,7 +166,7 @@ class TextRequest(Sampling):
 def parse(kind: type[Sampling], body: bytes) -> Sampling:
     """ApiError 400 where the body is not a request; it names the first field that is wrong."""
     try:
-        return kind.model_validate_json(body, strict=False)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # Of a union, the branches' names follow the field's.

@@ -15,12 +15,15 @@ THINK = {"open": "<think>", "close": "</think>", "content": "text"}
 # Arguments are parsed here and not by the parser, which would give up the whole message over one that is no JSON.
 HERMES_CALLS = {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True, "content": "text"}
 DEEPSEEK_CALLS = {
-    "open_pattern": r"\s*(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n",
-    "close_pattern": r"\n```<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?",
+    "open_pattern": r"\s*<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n",
+    "close": "\n```<｜tool▁call▁end｜>",
     "repeats": True,
     "content": "text",
     "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
 }
+
+
+DEEPSEEK_FRAME = {"open": ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"], "close_pattern": r"\s*", "content": "text"}
 
 
 def response_template(tokenizer: Any) -> dict | None:
@@ -36,10 +39,14 @@ def response_template(tokenizer: Any) -> dict | None:
     if "<tool_call>" in chat:
         fields["tool_calls"] = HERMES_CALLS
     elif "<｜tool▁call▁begin｜>" in chat:
-        fields["tool_calls"] = DEEPSEEK_CALLS
+        fields |= {"tool_calls": DEEPSEEK_CALLS, "frame": DEEPSEEK_FRAME}
     if not fields:
         return None
-    return {"defaults": {"role": "assistant"}, "start_anchor_pattern": r"\A", "fields": {**fields, "content": {"content": "text"}}}
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor_pattern": r"\A",
+        "fields": {**fields, "content": {"content": "text"}},
+    }
 
 
 def knows_tools(tokenizer: Any) -> bool:
