@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"deepseek-r1 serve: warning: {args.host} is open to others and there is no API key", file=sys.stderr)
 
     import torch
+    import transformers
 
     from ..evaluation.loading import DTYPES, load_model, load_tokenizer
     from ..serving import Engine, Settings, create_app, serve
 
+    transformers.logging.set_verbosity_error()  # its advice is for a caller of generate(), and would come with every request
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.checkpoint)

@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import psutil
 import pytest
 
 from tests.models import tiny_model
@@ -101,3 +104,44 @@ def leave_and_be_slow(client, port: int) -> None:
     wait_until(lambda: gauge(client, "active_rows") == 0)
     assert 'status="499"' in client.get("/metrics").text
     assert gauge(client, "generated_tokens_total") < 3 * 4000
+
+
+@pytest.mark.slow
+def test_hundreds_of_requests_of_all_kinds(tmp_path):
+    """None lost, none mixed up, and memory where it was."""
+    save(tmp_path)
+    prompts = [f"w{number} w{number % 7 + 60} w{number % 13}" for number in range(5, 25)]
+    kinds = ["whole", "streamed", "leaves", "oversized", "malformed", "slow"]
+
+    def ask(number: int) -> None:
+        prompt, kind = prompts[number * 7 % len(prompts)], kinds[number % len(kinds)]
+        if kind in ("oversized", "malformed"):
+            body = b"[" * (30000 if kind == "oversized" else 10)
+            assert client.post(TEXT, content=body).status_code == (413 if kind == "oversized" else 400)
+        elif kind == "whole":
+            assert client.post(TEXT, json=texts(prompt)).json()["choices"][0]["text"] == expected[prompt]
+        else:
+            request = texts(prompt, stream=True, **(LONG if kind == "leaves" else {}))
+            with client.stream("POST", TEXT, json=request) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                if kind == "leaves":
+                    return
+                time.sleep(0.2 if kind == "slow" else 0)
+                chunks = events("\n\n".join([first, *(line for line in lines if line)]))
+            assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected[prompt]
+            assert chunks[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+
+    with server(tmp_path, "--rows", "6", "--max-body", "20000", "--api-key-file", str(tmp_path / "key")) as (
+        process,
+        client,
+        _,
+    ):
+        client.headers["authorization"] = "Bearer secret"
+        expected = {prompt: client.post(TEXT, json=texts(prompt)).json()["choices"][0]["text"] for prompt in prompts}
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(ask, range(60)))
+            before = psutil.Process(process.pid).memory_info().rss
+            list(pool.map(ask, range(500)))
+        wait_until(lambda: gauge(client, "active_rows") == gauge(client, "waiting") == 0)
+        assert psutil.Process(process.pid).memory_info().rss < before + 30 * 2**20
