@@ -48,6 +48,9 @@ class Answer:
         max_tokens: of an answer whose request does not say.
         timeout: in seconds, from now on.
         on_first_token: called with the seconds that it took.
+
+    Raises:
+        ApiError: 400 where it could never run.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Answer:
         self._deadline, self._timeout = self._began + timeout, timeout
         self._events: asyncio.Queue[tuple[int, Token | End | Failure]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        if len(prompts) > engine.queue:
+            raise ApiError(400, f"{len(prompts)} prompts are more than the {engine.queue} that may wait", "too_large", "prompt")
         self.jobs = [self._job(number, ids, max_tokens) for number, ids in enumerate(prompts)]
         self.choices = [
             Choice(
@@ -97,14 +102,17 @@ class Answer:
         def tell(event: Token | End | Failure) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
-        return Job(ids, self._request.options(wanted), tell, self._request.n, top, self._request.seed)
-
-    def submit(self) -> None:
-        """ApiError 400 where it could never run, 429 where too many wait, 503 where the server stops."""
+        job = Job(ids, self._request.options(wanted), tell, self._request.n, top, self._request.seed)
         try:
-            self._engine.submit(self.jobs)
+            self._engine.check(job)
         except ValueError as error:
             raise ApiError(400, str(error), "too_large") from error
+        return job
+
+    def submit(self) -> None:
+        """ApiError 429 where too many wait, 503 where the server stops."""
+        try:
+            self._engine.submit(self.jobs)
         except QueueFullError as error:
             raise ApiError(429, str(error), "queue_full") from error
         except StoppedError as error:
@@ -265,6 +273,4 @@ async def stream(answer: Answer, shape: ChatShape | TextShape, model: str, with_
             yield event([], usage=answer.usage)
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
-    finally:
-        answer.cancel()
     yield "data: [DONE]\n\n"

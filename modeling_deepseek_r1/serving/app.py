@@ -3,7 +3,7 @@
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ class Service:
         if parsed.stream:
             with_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
             # An answer that is late ends with an error; a reader who does not even take that is left.
-            return EventStream(stream(answer, shape, name, with_usage), self.settings.timeout + 5)
+            return EventStream(stream(answer, shape, name, with_usage), self.settings.timeout + 5, answer.cancel)
         body = None
         try:
             async with anyio.create_task_group() as group:
@@ -175,21 +175,21 @@ async def cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> No
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `seconds` after its beginning, it ends in any case, and its iterator is closed however it ends."""
+    """Server-sent events. `seconds` after its beginning it ends in any case; however it ends, even before it has begun, `close`
+    is called."""
 
-    def __init__(self, events: AsyncIterator[str], seconds: float):
+    def __init__(self, events: AsyncIterator[str], seconds: float, close: Callable[[], None]):
         super().__init__(
             events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
-        self._events, self._seconds = events, seconds
+        self._seconds, self._close = seconds, close
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             with anyio.move_on_after(self._seconds):
                 await super().__call__(scope, receive, send)
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._events.aclose()
+            self._close()
 
 
 class Gate:

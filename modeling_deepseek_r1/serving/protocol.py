@@ -74,7 +74,12 @@ class Sampling(Strict):
 
     def options(self, max_new_tokens: int) -> dict[str, Any]:
         """Arguments for `generate()`; what is not given is left to the checkpoint."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "use_cache": True,
+        }
         if self.min_tokens:
             options["min_new_tokens"] = min(self.min_tokens, max_new_tokens)
         if self.repetition_penalty is not None:

@@ -1,5 +1,6 @@
 """Requests that share a batch get what each would get alone; what cannot be answered is refused in OpenAI's form."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -112,7 +113,8 @@ def test_several_prompts_and_ids_in_one_request():
         (TEXT, texts(temperature=-1), 400, "temperature"),
         (TEXT, texts(temperature="hot"), 400, "temperature"),
         (TEXT, texts(max_tokens=0), 400, "max_tokens"),
-        (TEXT, texts(n=99), 400, "n=99"),
+        (TEXT, texts(n=10**9), 400, "n=1000000000"),
+        (TEXT, texts(["w5"] * 65), 400, "65 prompts"),
         (TEXT, texts(best_of=4), 400, "best_of"),
         (TEXT, texts(frequency_penalty=0.5), 400, "frequency_penalty"),
         (TEXT, texts(beams=4), 400, "beams"),
@@ -162,6 +164,25 @@ def test_a_full_queue_refuses_and_whoever_waited_is_answered():
         assert [future.result().status_code for future in running] == [200] * 3
     assert (refused.status_code, both.status_code) == (429, 429)
     assert refused.headers["retry-after"] == "1" and refused.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_at_once_costs_nothing(stream):
+    body = json.dumps(texts(max_tokens=200, min_tokens=200, stream=stream)).encode()
+    arriving = iter([{"type": "http.request", "body": body}])
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": [], "query_string": b"", "http_version": "1.1"}
+
+    async def receive():
+        return next(arriving, {"type": "http.disconnect"})
+
+    async def send(message):
+        pass
+
+    with served(step_seconds=0.02) as (client, engine):
+        client.portal.call(client.app, scope, receive, send)
+        wait_until(lambda: engine.active_rows == engine.waiting == 0)
+        assert engine.generated_tokens < 20
+        assert client.get("/health").status_code == 200
 
 
 def test_a_request_that_takes_too_long_is_ended():
