@@ -315,8 +315,12 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep or None, None)
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0:
+            kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
+            # The product with a slice as it lies in memory would copy the head's weights for every row.
+            hidden_states = hidden_states[:, kept, :].clone(memory_format=torch.contiguous_format)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
