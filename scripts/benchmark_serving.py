@@ -1,4 +1,4 @@
-"""Measures many clients at once against one after the other, on SmolLM2-135M behind the server; writes results/serving.json.
+"""Measures many clients at once against one after the other, on SmolLM2-135M behind the server; writes results/smollm2_serving.json.
 
 python scripts/benchmark_serving.py --threads 1
 
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16, help=f"2 ... {len(QUESTIONS)} (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the server (default: %(default)s)")
-    parser.add_argument("--output", default="results/serving.json")
+    parser.add_argument("--output", default="results/smollm2_serving.json")
     args = parser.parse_args()
     if not 2 <= args.clients <= len(QUESTIONS) or args.tokens < 1 or args.rounds < 1:
         parser.error(f"--clients {args.clients} must lie in 2 ... {len(QUESTIONS)}, --tokens and --rounds be 1 or more")
