@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a checkpoint on texts, conversations or labelled texts",
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
+    "serve": "answer requests over HTTP, in the form of OpenAI's API",
     "evaluate": "measure quality, speed and memory of a checkpoint",
     "report": "show what a model does with a text, token by token, as one HTML page",
     "export": "write a checkpoint that loads without this package installed (trust_remote_code)",

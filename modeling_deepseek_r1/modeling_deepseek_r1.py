@@ -323,7 +323,8 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep or None, None)
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        # Of a slice as it lies in memory, the product would copy the head's weights for every row.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :].clone(memory_format=torch.contiguous_format))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)

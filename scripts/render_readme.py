@@ -33,6 +33,7 @@ COMMANDS = {
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
     "smollm2_retrieval": "benchmark_model.py retrieval --dtype bfloat16",
+    "smollm2_serving": "benchmark_serving.py",
 }
 """Result -> the script that makes it, where that is not `benchmark_model.py` and the end of the name."""
 
@@ -181,6 +182,18 @@ def grpo_table(result: dict) -> str:
     )
 
 
+def serving_table(result: dict) -> str:
+    """Rows: ways to ask; columns: throughput and how long an answer takes."""
+    settings = result["settings"]
+    lines = ["| requests | tokens per second | an answer takes |", "|---|--:|--:|"]
+    for name, way in result["ways"].items():
+        lines.append(f"| {name} | {way['tokens_per_second']:.1f} | {way['latency_median']:.1f} s |")
+    return "\n".join(lines) + (
+        f"\n\n{settings['clients']} questions, {settings['tokens']} tokens each, {settings['dtype']}, {settings['threads']} thread(s):"
+        f" {result['speedup']['median']:.1f}x the tokens per second; {result['same_texts']:.0%} of the texts are the same.\n"
+    )
+
+
 def expert_table(result: dict) -> str:
     """Rows: dtype and number of tokens; columns: the time of our experts, and how many times as long the others take."""
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["forward_speedups"]))
@@ -307,6 +320,7 @@ TABLES = {
     "attention_layer": attention_table,
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
+    "smollm2_serving": serving_table,
     "expert_layer": expert_table,
     "experts_training_step": step_table,
     "smollm2_experts_training": training_table,

@@ -27,7 +27,18 @@ STOREYS = (
 )
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 TRAVELLING = {room for rooms in STOREYS[:3] for room in rooms}
-OPTIONAL = {"accelerate", "datasets", "gguf", "matplotlib", "peft", "trl"}
+OPTIONAL = {
+    "accelerate",
+    "datasets",
+    "gguf",
+    "matplotlib",
+    "peft",
+    "prometheus_client",
+    "pydantic",
+    "starlette",
+    "trl",
+    "uvicorn",
+}
 
 MAX_LINES = 400
 MACHINE_PATH = re.compile(r"(?<![\w.:/~}])/(?:home|root|work|tmp|Users|opt|mnt|srv)/\w|[A-Z]:\\+Users\b")

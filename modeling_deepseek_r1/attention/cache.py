@@ -190,8 +190,13 @@ class PatternLayer(DynamicLayer):
             self.positions = self._regular_positions(key_states.shape[0], held, key_states.device)
         positions, documents = layout.positions, layout.documents
         if held:
-            key_states = torch.cat((self.keys, key_states), 2)
-            value_states = torch.cat((self.values, value_states), 2)
+            states = zip(self._stores, (self.keys, self.values), (key_states, value_states), strict=True)
+            if self.is_sliding or (torch.is_grad_enabled() and key_states.requires_grad):
+                key_states, value_states = (torch.cat((held_states, new_states), 2) for _, held_states, new_states in states)
+            else:
+                key_states, value_states = (
+                    s.append(held_states, new_states, self.reserve) for s, held_states, new_states in states
+                )
             positions = torch.cat((self.positions, positions), 1)
             if documents is not None:
                 documents = torch.cat((layout.past_documents.expand(-1, held), documents), 1)

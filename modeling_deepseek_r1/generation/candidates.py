@@ -7,7 +7,7 @@ take their rows; `generate_candidates` does that.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from ..tokenization.prompts import encode_prompt
-from .rows import CandidateRows, Wave, pad_token
+from .rows import CandidateRows, Wave, pad_token, prepare
 from .selection import Evaluator, PromptCandidates, PromptSearch
 
 
@@ -33,6 +33,18 @@ class CandidateOutput(ModelOutput):
     sequences: torch.LongTensor | None = None
     prompts: list[PromptCandidates] | None = None
     totals: dict[str, int] | None = None
+
+
+@dataclass
+class SearchWave(Wave):
+    """Candidates of prompts that are searched for their best ones; `searches`: one per prompt."""
+
+    searches: list[PromptSearch] = field(default_factory=list)
+
+    def advance(self) -> None:
+        for search in self.searches:
+            if search.record.best is None:
+                search.advance()
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class HierarchicalCandidates:
         output.sequences = _sequences(input_ids, output.prompts, pad_token(generation_config))
         return output if generation_config.return_dict_in_generate else output.sequences
 
-    def _wave(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, texts=None) -> Wave:
+    def _wave(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, texts=None) -> SearchWave:
         self._check(generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
@@ -132,7 +144,9 @@ class HierarchicalCandidates:
         if self.stages and self.stages[-1][0] >= new:
             raise ValueError(f"stages={list(self.stages)}: all must lie before the last of max_new_tokens={new} tokens")
         searches = [PromptSearch(self, text, int(length), new) for text, length in zip(texts, lengths, strict=True)]
-        return Wave(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, searches)
+        candidates = [candidate for search in searches for candidate in search.record.candidates]
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        return SearchWave(*prepared, candidates, searches=searches)
 
     def _check(self, config, model_kwargs) -> None:
         mode, cache = config.get_generation_mode(), model_kwargs.get("past_key_values")
@@ -208,19 +222,12 @@ def generate_candidates(
                 exhausted = True
                 break
             ids = encode_prompt(tokenizer, prompt, system=system, raw=raw).to(model.device)
-            # generate() prepares sampling, lengths and cache as it always does, and hands them over instead of using them.
-            wave = plan._wave(
-                *model.generate(ids, attention_mask=torch.ones_like(ids), **options, custom_generate=_prepared), texts=[prompt]
-            )
+            wave = plan._wave(*prepare(model, ids, options), texts=[prompt])
             records.append(wave.searches[0].record)
             busy.add(wave)
         if busy.waves:
             busy.step()
     return _output(records, busy)
-
-
-def _prepared(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
-    return input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
 
 
 def _output(records: list[PromptCandidates], rows: CandidateRows) -> CandidateOutput:

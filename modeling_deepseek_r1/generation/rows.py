@@ -1,4 +1,4 @@
-"""Rows of a batch in which candidates grow side by side, leave, and make room for candidates of other prompts.
+"""Rows of a batch in which texts grow side by side, leave, and make room for those of other prompts.
 
 All rows share one cache. Where no row joins later, a row that has finished stays until others are dropped, as in plain
 `generate()`. Rows of different prompts are joined by their keys' positions: in this library's cache layers a key's slot decides
@@ -7,26 +7,26 @@ padding token before it, which makes the layers write positions down.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..attention.cache import PatternLayer
-from .selection import PromptSearch
+from .selection import Candidate
 
 
 @dataclass
 class Wave:
-    """Prompts that one `generate()` has prepared, and their candidates, all of the same length.
+    """Prompts that one `generate()` has prepared, and what grows from them, all of the same length.
 
     Attributes:
         ids: `[rows, n]` prompts (left-padded) and what was generated.
         logits_processor, stopping_criteria, config: as transformers prepared them.
         model_kwargs: for the prefill.
-        searches: one per prompt.
-        candidates: of each row.
+        candidates: of each row, equally many for every prompt.
+        generator: of the sampling; None: torch's own.
     """
 
     ids: torch.Tensor
@@ -34,13 +34,18 @@ class Wave:
     stopping_criteria: StoppingCriteriaList
     config: GenerationConfig
     model_kwargs: dict[str, Any]
-    searches: list[PromptSearch]
+    candidates: list[Candidate]
+    generator: torch.Generator | None = None
 
-    def __post_init__(self):
-        self.candidates = [candidate for search in self.searches for candidate in search.record.candidates]
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of every row, `[rows]`, by its logits `[rows, V]`."""
+        scores = self.logits_processor(self.ids, logits)
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator).squeeze(1)
 
     def take(self, tokens: torch.Tensor, log_likelihoods: list[float]) -> None:
-        """Adds a token `[rows]` to every row and lets the searches go on."""
+        """Adds a token `[rows]` to every row."""
         self.ids = torch.cat((self.ids, tokens[:, None]), 1)
         stopped = self.stopping_criteria(self.ids, None).tolist()
         ends = self.config.eos_token_id
@@ -53,9 +58,19 @@ class Wave:
             if stop:
                 full = self.ids.shape[1] >= (self.stopping_criteria.max_length or float("inf"))
                 candidate.finish("eos" if token in ends else "length" if full else "stopped")
-        for search in self.searches:
-            if search.record.best is None:
-                search.advance()
+        self.advance()
+
+    def advance(self) -> None:
+        """Called when every row has got a token."""
+
+
+class Prefill(NamedTuple):
+    """What reading the prompts of a wave has left, one row per candidate."""
+
+    cache: Cache
+    logits: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class CandidateRows:
@@ -86,7 +101,11 @@ class CandidateRows:
         Raises:
             ValueError: rows are to be joined and the model's cache has layers of another library.
         """
-        ids, kwargs, prompts = wave.ids, dict(wave.model_kwargs), len(wave.searches)
+        self.join(wave, self.read(wave))
+
+    def read(self, wave: Wave) -> Prefill:
+        """The first half of `add`, which leaves the rows alone; errors as there."""
+        ids, kwargs, prompts = wave.ids, dict(wave.model_kwargs), len(wave.ids)
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is None:
             positions = (torch.ones_like(ids) if mask is None else mask).cumsum(-1).sub(1).clamp(min=0)
@@ -98,18 +117,21 @@ class CandidateRows:
         cache, repeats = outputs.past_key_values, len(wave.candidates) // prompts
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-        wave.ids = wave.ids.repeat_interleave(repeats, 0)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32).repeat_interleave(repeats, 0)
-        positions = positions[:, -1:].repeat_interleave(repeats, 0)
         if self.joins:
             check_joinable(cache)
-        elif mask is not None:
-            self.mask = mask.repeat_interleave(repeats, 0)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32).repeat_interleave(repeats, 0)
+        mask = mask.repeat_interleave(repeats, 0) if mask is not None and not self.joins else None
+        return Prefill(cache, logits, positions[:, -1:].repeat_interleave(repeats, 0), mask)
+
+    def join(self, wave: Wave, prefill: Prefill) -> None:
+        """The second half of `add`."""
+        logits, positions = prefill.logits, prefill.positions
+        wave.ids = wave.ids.repeat_interleave(len(wave.candidates) // len(wave.ids), 0)
         if self.waves:
-            join_caches(self.cache, cache)
+            join_caches(self.cache, prefill.cache)
             logits, positions = torch.cat((self.logits, logits)), torch.cat((self.positions, positions))
         else:
-            self.cache = cache
+            self.cache, self.mask = prefill.cache, prefill.mask
         self.logits, self.positions = logits, positions
         self.waves.append(wave)
 
@@ -117,11 +139,9 @@ class CandidateRows:
         """One token for every row; rows whose candidates are not to go on leave; the model reads the others' tokens."""
         log_likelihoods = self.logits.log_softmax(-1)
         parts = self.logits.split([len(wave.candidates) for wave in self.waves])
-        scores = torch.cat([wave.logits_processor(wave.ids, part) for wave, part in zip(self.waves, parts, strict=True)])
-        config = self.waves[0].config
-        tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1) if config.do_sample else scores.argmax(-1)
+        tokens = torch.cat([wave.choose(part) for wave, part in zip(self.waves, parts, strict=True)])
         running = torch.tensor([c.ended is None for wave in self.waves for c in wave.candidates], device=tokens.device)
-        tokens = torch.where(running, tokens, pad_token(config))
+        tokens = torch.where(running, tokens, pad_token(self.waves[0].config))
         gains = log_likelihoods.gather(1, tokens[:, None])[:, 0].tolist()
         start = 0
         for wave in self.waves:
@@ -172,6 +192,15 @@ class CandidateRows:
         self.logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         self.steps += 1
         self.row_steps += len(tokens)
+
+
+def prepare(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> tuple:
+    """What `generate(ids, **options)` makes of its arguments before it generates: the first five fields of a `Wave`."""
+
+    def hand_over(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
+        return input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options, custom_generate=hand_over)
 
 
 def pad_token(config: GenerationConfig) -> int:

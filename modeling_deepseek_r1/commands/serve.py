@@ -1,0 +1,98 @@
+"""`deepseek-r1 serve`: a checkpoint behind OpenAI's HTTP API."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+KEY = "DEEPSEEK_R1_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder or hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 ... 65535; 0 = any free one (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: the checkpoint's name)")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help=f"key that clients must send; default: the variable {KEY}, else no key"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=16, metavar="N", help="texts that grow at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="prompts that may wait for a row (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer (default: the checkpoint's)")
+    parser.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="rows times the longest of them, at most; bounds memory (default: no limit)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="of an answer whose request does not say (default: %(default)s)",
+    )
+    parser.add_argument("--max-body", type=int, default=2 * 2**20, metavar="BYTES", help="of a request (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a request (default: %(default)s)")
+    parser.add_argument(
+        "--grace", type=float, default=30, metavar="SECONDS", help="for running requests on SIGTERM (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        ValueError, OSError: no such checkpoint or key file, limits that allow nothing.
+        ImportError: the extra `serve` is not installed.
+    """
+    for name in ("max_tokens", "max_body", "timeout", "grace"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be more than 0")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port} must lie in 0 ... 65535")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
+    key = api_key(args.api_key_file)
+    if args.host not in LOOPBACK and key is None:
+        print(f"deepseek-r1 serve: warning: {args.host} is open to others and there is no API key", file=sys.stderr)
+
+    import torch
+    import transformers
+
+    from ..evaluation.loading import DTYPES, load_model, load_tokenizer
+    from ..serving import Engine, Settings, create_app, serve
+
+    transformers.logging.set_verbosity_error()  # its advice is for a caller of generate(), and would come with every request
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = load_tokenizer(args.checkpoint)
+    model = load_model(args.checkpoint, DTYPES[args.dtype])
+    engine = Engine(model, rows=args.rows, queue=args.queue, context=args.context, cache_tokens=args.cache_tokens)
+    settings = Settings(
+        name=args.name or Path(args.checkpoint).name,
+        api_key=key,
+        max_tokens=args.max_tokens,
+        max_body=args.max_body,
+        timeout=args.timeout,
+    )
+    serve(create_app(engine, tokenizer, settings), host=args.host, port=args.port, grace=args.grace)
+
+
+def api_key(file: str | None) -> str | None:
+    """The key of a file or of the environment. ValueError where the file is empty."""
+    if file is None:
+        return os.environ.get(KEY) or None
+    key = Path(file).read_text(encoding="utf-8").strip()
+    if not key:
+        raise ValueError(f"{file} is empty; it must hold the API key")
+    return key
