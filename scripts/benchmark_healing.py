@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=640, help="tokens of a row; a step has one (default: %(default)s)")
     parser.add_argument("--window", type=int, default=256, help="in training (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--output", type=Path, default=Path("results/smollm2_healing.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
