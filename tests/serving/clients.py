@@ -41,7 +41,7 @@ def events(body: str) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
