@@ -217,6 +217,9 @@ def _choose(
             order = sorted(range(start, start + size), key=lambda expert: -slots[expert])
             origins[layer_idx] += chosen(order, asked.get(domain, 0), layer_idx)
             start += size
+        left, active = len(origins[layer_idx]), model.config.per_layer_config[layer_idx].num_experts_per_tok
+        if left < active:
+            raise ValueError(f"layer {layer_idx}: {left} experts would be left, but a token gets num_experts_per_tok={active}")
     return origins
 
 
