@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .media import decode_audio
+
 ZEROS = 6
 """Zero crossings of the resampling filter on either side."""
 
@@ -37,18 +39,19 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     return output[: math.ceil(new * len(samples) / old)].numpy()
 
 
-def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
-    """Mono samples in [-1, 1] and the sampling rate of a PCM WAV file; channels are averaged.
+def read_sound(path: str | Path) -> tuple[np.ndarray, int]:
+    """Mono samples in [-1, 1] and the sampling rate of a PCM WAV file, or of another one by PyAV; channels are averaged.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: it is missing or cannot be decoded.
+        ImportError: not PCM WAV, and PyAV is not installed.
     """
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is no PCM WAV file: {error}") from error
+    except (wave.Error, EOFError, OSError):
+        return decode_audio(path)
     if width == 3:
         whole = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = np.pad(whole, ((0, 0), (1, 0))).reshape(-1).view("<i4") / 2.0**31
@@ -63,7 +66,7 @@ def read_audio(audio, what: str, target: int, sampling_rate: int | None) -> np.n
     """`[n]` float32 samples at `target` Hz.
 
     Args:
-        audio: samples `[n]`; a mapping with "array" and "sampling_rate"; or the path of a WAV file.
+        audio: samples `[n]`; a mapping with "array" and "sampling_rate"; or the path of a sound file.
         sampling_rate: of samples that come without one, in Hz.
 
     Raises:
@@ -71,7 +74,7 @@ def read_audio(audio, what: str, target: int, sampling_rate: int | None) -> np.n
             `what`.
     """
     if isinstance(audio, (str, Path)):
-        audio, sampling_rate = read_wav(audio)
+        audio, sampling_rate = read_sound(audio)
     elif isinstance(audio, Mapping):
         audio, sampling_rate = audio["array"], audio.get("sampling_rate", sampling_rate)
     samples = np.asarray(audio, dtype=np.float32)

@@ -1,11 +1,14 @@
 """Images and videos as the image processor of a vision encoder wants them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers.image_utils import load_image
+
+from .media import decode_video
 
 
 class Video(NamedTuple):
@@ -64,17 +67,20 @@ def read_video(video, what: str, max_frames: int | None) -> Video:
     """Frames as PIL images, and their times; of more than `max_frames` equally spaced ones.
 
     Args:
-        video: a [`Video`], or a mapping with "frames" and "timestamps".
+        video: a [`Video`], a mapping with "frames" and "timestamps", or the path of a file.
 
     Raises:
         ValueError: no frames, or not one time for each, none below the one before; the message begins with `what`.
+        ImportError: a path, and PyAV is not installed.
     """
+    if isinstance(video, (str, Path)):
+        video = Video(*decode_video(video, max_frames))
     if isinstance(video, Mapping):
         video = Video(video.get("frames", []), video.get("timestamps"))
     if not isinstance(video, Video):
         raise ValueError(
-            f"{what} is a {type(video).__name__} without timestamps; give {{'frames': [...], 'timestamps': [...]}} with the second"
-            " at which each frame is shown"
+            f"{what} is a {type(video).__name__} without timestamps; give a file's path, or {{'frames': [...], 'timestamps': [...]}}"
+            " with the second at which each frame is shown"
         )
     frames, times = list(video.frames), video.timestamps
     if not frames:
