@@ -20,11 +20,13 @@ MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end 
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
     "dynamic_k": "benchmark_dynamic_k.py",
+    "expert_blocks": "benchmark_experts.py --blocks",
     "expert_cache": "benchmark_expert_cache.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
     "experts_training_step": "benchmark_training_step.py",
+    "progressive_sparsity": "benchmark_progressive.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
     "smollm2_experts_training": "benchmark_training.py",
@@ -216,6 +218,31 @@ def expert_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def block_table(result: dict) -> str:
+    """Rows: blocks of the families in each implementation; columns: how many times as long as ours they take."""
+    cells = [(cell, what) for cell in result["cells"] for what in ("forward", "forward_backward") if cell[what]]
+    names = list(dict.fromkeys(name for cell, what in cells for name in cell[f"{what}_speedups"]))
+    titles = [f"{cell['tokens']:,}{', with backward' if what == 'forward_backward' else ''}" for cell, what in cells]
+    lines = ["| | " + " | ".join(titles) + " |", "|:--|" + "--:|" * len(titles)]
+    for name in names:
+        ratios = [cell[f"{what}_speedups"].get(name) for cell, what in cells]
+        lines.append(f"| {name} | " + " | ".join(f"{ratio['median']:.2f}x" if ratio else "" for ratio in ratios) + " |")
+    return "\n".join(lines) + (
+        "\n\nTime of a whole sparse block, router included, over that of ours, by number of tokens: above 1, ours is faster."
+        " DeepSeek-V3's has a shared expert and stands beside a block of ours that has one.\n"
+    )
+
+
+def progressive_table(result: dict) -> str:
+    """Held-out loss and mean number of active experts of both runs, at each measured step."""
+    runs = result["runs"]
+    steps = [point["step"] for point in runs["fixed"]]
+    lines = ["| step | " + " | ".join(map(str, steps)) + " |", "|:--|" + "--:|" * len(steps)]
+    for name, points in runs.items():
+        lines.append(f"| {name} | " + " | ".join(f"{point['loss']:.3f} ({point['active']:.1f})" for point in points) + " |")
+    return "\n".join(lines) + "\n\nHeld-out loss, and in brackets the mean number of active experts.\n"
+
+
 def cache_table(result: dict) -> str:
     """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
     kinds = list(result["texts"])
@@ -314,6 +341,8 @@ def _difference(models: dict, name: str, first: str, second: str) -> tuple[float
 
 TABLES = {
     "dynamic_k": dynamic_table,
+    "progressive_sparsity": progressive_table,
+    "expert_blocks": block_table,
     "expert_cache": cache_table,
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
