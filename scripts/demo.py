@@ -1,16 +1,18 @@
 """`make run`: a checkpoint that exists becomes a long-context one, and both are put to work, on real weights and real text.
 
 SmolLM2-135M-Instruct comes as a Python package (4-bit GGUF). It is converted, asked a question, made to continue a text, and
-measured beside transformers' own Llama class in one run. Then it gets experts, which are trained on code and prose. Results go to
-runs/demo/.
+measured beside transformers' own Llama class in one run. Then it gets experts, which are trained on code and prose, and eyes:
+DINOv2-small, with which it is trained to answer questions about pictures, far too shortly. Results go to runs/demo/.
 """
 
 import importlib.util
+import json
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from packaged_encoders import dinov2_small, packaged_file
 from two_domains import write_domain_texts
 
 from modeling_deepseek_r1.cli import main
@@ -66,6 +68,7 @@ def run() -> None:
         *("--output", RUNS / "result.json", "--table", RUNS / "table.md", "--plot", RUNS / "plot.png"),
     )
     experts(dense)
+    pictures(dense)
     print(
         f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Look at {RUNS}/plot.png, {RUNS}/experts.png and the tables beside."
     )
@@ -92,6 +95,56 @@ def experts(dense: Path) -> None:
         *("evaluate", made, "--against", trained, "--labels", "before", "after", "--tasks", "domains"),
         *("--lengths", "256", "--windows", "8", "--domains", *(f"{domain}={aside}" for domain, (_, aside) in texts.items())),
         *("--output", RUNS / "experts.json", "--table", RUNS / "experts.md", "--heat-map", RUNS / "experts.png"),
+    )
+
+
+def pictures(dense: Path) -> None:
+    """An encoder of images beside the dense model, and a short training on questions about pictures of one shape."""
+    made, trained, data = RUNS / "smollm2-seeing", RUNS / "smollm2-seeing-trained", RUNS / "pictures.jsonl"
+    folder = packaged_file("easy_vqa", "data")
+    with data.open("w") as file:
+        for question, answer, image in json.loads((folder / "train/questions.json").read_text())[:480]:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages, "images": [str(folder / f"train/images/{image}.png")]}) + "\n")
+    step(
+        "Join it with an encoder of images: text alone is still the same function",
+        *(
+            "compose",
+            dense,
+            made,
+            "--vision",
+            dinov2_small(RUNS / "dinov2-small"),
+            "--bridge-layers",
+            "10",
+            "20",
+            "--overwrite",
+        ),
+        *("--image-size", "84", "--vision-downsampling", "2"),
+    )
+    step(
+        "Train what joins them, and adapters, for a minute or two (README.md has the figures of a longer training)",
+        *(
+            "train",
+            made,
+            data,
+            "--output",
+            trained,
+            "--overwrite",
+            "--max-steps",
+            "30",
+            "--batch-size",
+            "16",
+            "--packing",
+            "none",
+        ),
+        *("--accumulation", "1", "--learning-rate", "1e-3", "--lora-rank", "8"),
+    )
+    question, answer, image = json.loads((folder / "test/questions.json").read_text())[1]
+    step(
+        f"Ask about a picture that nobody has trained on (the answer is: {answer})",
+        *("generate", trained, "--prompt", question, "--image", folder / f"test/images/{image}.png", "--temperature", "0"),
+        *("--max-new-tokens", "8"),
     )
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "expert_finetuning_quality": "benchmark_finetuning.py quality",
     "expert_layer": "benchmark_experts.py",
     "experts_training_step": "benchmark_training_step.py",
+    "multimodal": "benchmark_multimodal.py",
     "progressive_sparsity": "benchmark_progressive.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
@@ -243,6 +244,34 @@ def progressive_table(result: dict) -> str:
     return "\n".join(lines) + "\n\nHeld-out loss, and in brackets the mean number of active experts.\n"
 
 
+def multimodal_table(result: dict) -> str:
+    """Rows: held-out tasks; columns: exact answers and word errors with the own input, another one, and none. Below: controls."""
+    shown = {"own": "", "of another": "another's", "none": "none"}
+    titles = [f"{what}{', ' * bool(kind)}{kind}" for what in ("exact", "word errors") for kind in shown.values()]
+    lines = ["| | questions | " + " | ".join(titles) + " |", "|:--|" + "--:|" * (len(titles) + 1)]
+    for name, found in result["results"].items():
+        cells = [f"{found[kind][what]:.0%}" for what in ("exact", "word_error_rate") for kind in shown]
+        lines.append(f"| {name} | {found['own']['questions']:,} | " + " | ".join(cells) + " |")
+    settings, training, pictures = result["settings"], result["training"], result["results"]["pictures"]
+    lines += [
+        "",
+        f"{settings['trained_weights'] / 1e6:.1f}M weights trained for {settings['steps']:,} steps of {settings['batch_size']} questions"
+        f" or words, {training['seconds'] / 60:.0f} minutes on {settings['threads']} thread(s), measurements included. Another's: the"
+        " picture or clip of another question. Consistency of words and picture:"
+        f" {result['before']['consistency']:.2f} before, {pictures['own']['consistency']:.2f} after,"
+        f" {pictures['of another']['consistency']:.2f} with another picture.",
+    ]
+    if "controls" in result:
+        step = next(iter(result["controls"].values()))["training"]["examined"][-1]["step"]
+        rows = {"all parts": training, **{f"without {part}": run["training"] for part, run in result["controls"].items()}}
+        found = {name: next(row for row in run["examined"] if row["step"] == step) for name, run in rows.items()}
+        lines += ["", f"| after {step} steps | " + " | ".join(found) + " |", "|:--|" + "--:|" * len(found)]
+        for task in next(iter(found.values())):
+            if task != "step":
+                lines.append(f"| {task} | " + " | ".join(f"{row[task]:.0%}" for row in found.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def cache_table(result: dict) -> str:
     """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
     kinds = list(result["texts"])
@@ -341,6 +370,7 @@ def _difference(models: dict, name: str, first: str, second: str) -> tuple[float
 
 TABLES = {
     "dynamic_k": dynamic_table,
+    "multimodal": multimodal_table,
     "progressive_sparsity": progressive_table,
     "expert_blocks": block_table,
     "expert_cache": cache_table,
