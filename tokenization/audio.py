@@ -4,6 +4,7 @@ import math
 import wave
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,18 +38,18 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     return output[: math.ceil(new * len(samples) / old)].numpy()
 
 
-def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
+def read_wav(path: str | Path | BinaryIO) -> tuple[np.ndarray, int]:
     """Mono samples in [-1, 1] and the sampling rate of a PCM WAV file; channels are averaged.
 
     Raises:
         ValueError: not such a file.
     """
     try:
-        with wave.open(str(path), "rb") as file:
+        with wave.open(str(path) if isinstance(path, (str, Path)) else path, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is no PCM WAV file: {error}") from error
+        raise ValueError(f"{path if isinstance(path, (str, Path)) else 'this'} is no PCM WAV file: {error}") from error
     if width == 3:
         whole = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = np.pad(whole, ((0, 0), (1, 0))).reshape(-1).view("<i4") / 2.0**31
