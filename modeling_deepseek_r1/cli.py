@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "serve": "answer requests over HTTP, in the form of OpenAI's API",
     "evaluate": "measure quality, speed and memory of a checkpoint",
+    "drift": "compare a new version with the one that is served, token by token, and raise an alarm",
     "report": "show what a model does with a text, token by token, as one HTML page",
     "export": "write a checkpoint that loads without this package installed (trust_remote_code)",
 }

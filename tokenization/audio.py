@@ -4,6 +4,7 @@ import math
 import wave
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -39,18 +40,21 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     return output[: math.ceil(new * len(samples) / old)].numpy()
 
 
-def read_sound(path: str | Path) -> tuple[np.ndarray, int]:
-    """Mono samples in [-1, 1] and the sampling rate of a PCM WAV file, or of another one by PyAV; channels are averaged.
+def read_sound(path: str | Path | BinaryIO) -> tuple[np.ndarray, int]:
+    """Mono samples in [-1, 1] and the sampling rate of a PCM WAV file, open or not, or of another file by PyAV; channels are
+    averaged.
 
     Raises:
         ValueError: it is missing or cannot be decoded.
         ImportError: not PCM WAV, and PyAV is not installed.
     """
     try:
-        with wave.open(str(path), "rb") as file:
+        with wave.open(str(path) if isinstance(path, (str, Path)) else path, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError, OSError):
+    except (wave.Error, EOFError, OSError) as error:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"this is no PCM WAV file: {error}") from error
         return decode_audio(path)
     if width == 3:
         whole = np.frombuffer(data, np.uint8).reshape(-1, 3)

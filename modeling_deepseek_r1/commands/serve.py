@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 KEY = "DEEPSEEK_R1_API_KEY"
+TEXT_BODY, MEDIA_BODY = 2 * 2**20, 16 * 2**20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -37,7 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of an answer whose request does not say (default: %(default)s)",
     )
-    parser.add_argument("--max-body", type=int, default=2 * 2**20, metavar="BYTES", help="of a request (default: %(default)s)")
+    parser.add_argument(
+        "--max-body",
+        type=int,
+        metavar="BYTES",
+        help=f"of a request (default: {TEXT_BODY}; {MEDIA_BODY} where the model sees or hears)",
+    )
+    parser.add_argument(
+        "--max-media", type=int, default=16, metavar="N", help="images and clips of a request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=2**24, metavar="N", help="of all images of a request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=300, metavar="N", help="of all clips of a request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--canary", metavar="CHECKPOINT", help="a candidate that answers a share of the requests; its name: --name and -canary"
+    )
+    parser.add_argument(
+        "--canary-share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="0 ... 1, the same users each time; 0 = only who asks for it by name (default: %(default)s)",
+    )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a request (default: %(default)s)")
     parser.add_argument(
         "--grace", type=float, default=30, metavar="SECONDS", help="for running requests on SIGTERM (default: %(default)s)"
@@ -55,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: no such checkpoint or key file, limits that allow nothing.
         ImportError: the extra `serve` is not installed.
     """
-    for name in ("max_tokens", "max_body", "timeout", "grace"):
-        if getattr(args, name) <= 0:
+    for name in ("max_tokens", "max_body", "max_media", "max_pixels", "max_seconds", "timeout", "grace"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be more than 0")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port} must lie in 0 ... 65535")
@@ -69,23 +94,37 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from ..evaluation.loading import DTYPES, load_model, load_tokenizer
-    from ..serving import Engine, Settings, create_app, serve
+    from ..serving import Canary, MediaLimits, Settings, create_app, serve
 
     transformers.logging.set_verbosity_error()  # its advice is for a caller of generate(), and would come with every request
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = load_tokenizer(args.checkpoint)
-    model = load_model(args.checkpoint, DTYPES[args.dtype])
-    engine = Engine(model, rows=args.rows, queue=args.queue, context=args.context, cache_tokens=args.cache_tokens)
+    media = MediaLimits(args.max_media, args.max_pixels, args.max_seconds)
+    stable = _version(args, args.checkpoint, args.name or Path(args.checkpoint).name, media)
+    canary = None
+    if args.canary is not None:
+        canary = Canary(_version(args, args.canary, f"{stable.name}-canary", media), args.canary_share)
     settings = Settings(
-        name=args.name or Path(args.checkpoint).name,
         api_key=key,
         max_tokens=args.max_tokens,
-        max_body=args.max_body,
+        max_body=args.max_body or (MEDIA_BODY if stable.modalities else TEXT_BODY),
         timeout=args.timeout,
     )
-    serve(create_app(engine, tokenizer, settings), host=args.host, port=args.port, grace=args.grace)
+    serve(create_app(stable, settings, canary), host=args.host, port=args.port, grace=args.grace)
+
+
+def _version(args: argparse.Namespace, checkpoint: str, name: str, media):
+    """A checkpoint as one that answers."""
+    from transformers import AutoProcessor
+
+    from ..evaluation.loading import DTYPES, load_model, load_tokenizer
+    from ..serving import Engine, Version
+
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, DTYPES[args.dtype])
+    processor = AutoProcessor.from_pretrained(checkpoint) if model.config.model_type == "deepseek_r1" else None
+    engine = Engine(model, rows=args.rows, queue=args.queue, context=args.context, cache_tokens=args.cache_tokens)
+    return Version(name, engine, tokenizer, processor, media)
 
 
 def api_key(file: str | None) -> str | None:

@@ -1,6 +1,7 @@
-"""Measurements for any transformers causal language model: perplexity, retrieval of planted facts, time and memory."""
+"""Measurements for any transformers causal language model: perplexity, drift, retrieval of planted facts, time and memory."""
 
 from .domains import DomainResult, ExpertLayer, measure_domains
+from .drift import DriftResult, kl_drift
 from .loading import DTYPES, load_model, load_tokenizer
 from .memory import MemoryCell, MemoryResult, measure_memory
 from .perplexity import PerplexityResult, PositionBucket, perplexity
@@ -12,6 +13,7 @@ from .text import encode_text, leading_token_id, read_text, standard_library_tex
 __all__ = [
     "DTYPES",
     "DomainResult",
+    "DriftResult",
     "ExpertLayer",
     "FORMAT_VERSION",
     "Measurement",
@@ -27,6 +29,7 @@ __all__ = [
     "check_plot",
     "encode_text",
     "environment",
+    "kl_drift",
     "leading_token_id",
     "load_model",
     "load_tokenizer",

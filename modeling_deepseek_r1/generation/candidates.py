@@ -118,7 +118,7 @@ class HierarchicalCandidates:
 
         Raises:
             ValueError: beams, several return sequences, greedy drafts, no cache or a filled one, embeddings instead of ids,
-                features behind a bridge, stages beyond `max_new_tokens`.
+                stages beyond `max_new_tokens`.
         """
         if prompt_texts is not None and len(prompt_texts) != len(input_ids):
             raise ValueError(f"{len(prompt_texts)} prompt_texts are given for {len(input_ids)} prompts")
@@ -171,8 +171,6 @@ class HierarchicalCandidates:
             )
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError("candidates start from input_ids, not from inputs_embeds")
-        if model_kwargs.get("bridge_memory") is not None:
-            raise ValueError("candidates cannot read features through a bridge; use plain generate() for such prompts")
 
 
 @torch.no_grad()

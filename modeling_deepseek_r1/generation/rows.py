@@ -3,10 +3,10 @@
 All rows share one cache. Where no row joins later, a row that has finished stays until others are dropped, as in plain
 `generate()`. Rows of different prompts are joined by their keys' positions: in this library's cache layers a key's slot decides
 nothing, so shorter rows get empty slots (position -1) in front. For that, a prompt whose rows are to be joined is read with one
-padding token before it, which makes the layers write positions down.
+padding token before it, which makes the layers write positions down. What bridges read of other modalities has rows likewise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ..attention.cache import PatternLayer
+from ..multimodal.alignment import BridgeMemory, join_memories
 from .selection import Candidate
 
 
@@ -71,6 +72,7 @@ class Prefill(NamedTuple):
     logits: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor | None
+    memory: BridgeMemory | None
 
 
 class CandidateRows:
@@ -88,7 +90,7 @@ class CandidateRows:
         self.model, self.joins = model, joins
         self.waves: list[Wave] = []
         self.cache: Cache | None = None
-        self.logits = self.positions = self.mask = None
+        self.logits = self.positions = self.mask = self.memory = None
         self.steps = self.row_steps = 0
 
     @property
@@ -113,6 +115,10 @@ class CandidateRows:
         if self.joins:
             mask = F.pad(torch.ones_like(ids) if mask is None else mask, (1, 0), value=0)
             ids, kwargs["attention_mask"], kwargs["position_ids"] = F.pad(ids, (1, 0)), mask, F.pad(positions, (1, 0))
+            if (types := kwargs.get("mm_token_type_ids")) is not None:
+                kwargs["mm_token_type_ids"] = F.pad(types, (1, 0))
+        if (memory := kwargs.get("bridge_memory")) is not None and self.joins:
+            kwargs["bridge_memory"] = memory = replace(memory, seen=F.pad(memory.seen, (1, 0)))
         outputs = self.model._prefill(ids, wave.config, kwargs)
         cache, repeats = outputs.past_key_values, len(wave.candidates) // prompts
         if repeats > 1:
@@ -121,7 +127,8 @@ class CandidateRows:
             check_joinable(cache)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32).repeat_interleave(repeats, 0)
         mask = mask.repeat_interleave(repeats, 0) if mask is not None and not self.joins else None
-        return Prefill(cache, logits, positions[:, -1:].repeat_interleave(repeats, 0), mask)
+        memory = memory.after_prompt().repeat(repeats) if memory is not None else None
+        return Prefill(cache, logits, positions[:, -1:].repeat_interleave(repeats, 0), mask, memory)
 
     def join(self, wave: Wave, prefill: Prefill) -> None:
         """The second half of `add`."""
@@ -129,9 +136,10 @@ class CandidateRows:
         wave.ids = wave.ids.repeat_interleave(len(wave.candidates) // len(wave.ids), 0)
         if self.waves:
             join_caches(self.cache, prefill.cache)
+            self.memory = join_memories(self.memory, len(self.logits), prefill.memory, len(logits))
             logits, positions = torch.cat((self.logits, logits)), torch.cat((self.positions, positions))
         else:
-            self.cache, self.mask = prefill.cache, prefill.mask
+            self.cache, self.mask, self.memory = prefill.cache, prefill.mask, prefill.memory
         self.logits, self.positions = logits, positions
         self.waves.append(wave)
 
@@ -166,12 +174,13 @@ class CandidateRows:
             wave.ids, wave.candidates = wave.ids[rows], [wave.candidates[row] for row in rows]
         self.waves = [wave for wave in self.waves if wave.candidates]
         if not kept:
-            self.cache = self.mask = None
+            self.cache = self.mask = self.memory = None
             return
         index = torch.tensor(kept, device=self.positions.device)
         self.cache.batch_select_indices(index)
         self.positions = self.positions[index]
         self.mask = self.mask[index] if self.mask is not None else None
+        self.memory = self.memory.select(index).after_prompt() if self.memory is not None else None
         if self.joins:
             trim_cache(self.cache)
 
@@ -180,6 +189,7 @@ class CandidateRows:
         self.positions = self.positions + 1
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=1)
+        features = {} if self.memory is None else {"bridge_memory": self.memory}
         outputs = self.model(
             input_ids=tokens,
             attention_mask=self.mask,
@@ -187,6 +197,7 @@ class CandidateRows:
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **features,
         )
         self.cache = outputs.past_key_values
         self.logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
@@ -195,7 +206,8 @@ class CandidateRows:
 
 
 def prepare(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> tuple:
-    """What `generate(ids, **options)` makes of its arguments before it generates: the first five fields of a `Wave`."""
+    """What `generate(ids, **options)` makes of its arguments before it generates: the first five fields of a `Wave`. Inputs of
+    other modalities are encoded by it."""
 
     def hand_over(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
         return input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs

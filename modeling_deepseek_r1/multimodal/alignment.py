@@ -48,8 +48,22 @@ class BridgeMemory:
 
     def repeat(self, times: int) -> "BridgeMemory":
         """Every row so many times, for beams and samples."""
-        tensors = {name: getattr(self, name) for name in ("states", "modality", "times", "seen")}
-        return replace(self, **{name: tensor.repeat_interleave(times, 0) for name, tensor in tensors.items()}, projected={})
+        return self.select(torch.arange(len(self.states), device=self.states.device).repeat_interleave(times))
+
+    def select(self, rows: torch.Tensor) -> "BridgeMemory":
+        """The rows of these numbers, with what has been projected of them."""
+        tensors = {name: getattr(self, name)[rows] for name in ("states", "modality", "times", "seen")}
+        projected = {layer: (key[rows], value[rows]) for layer, (key, value) in self.projected.items()}
+        return replace(self, **tensors, projected=projected)
+
+    def after_prompt(self) -> "BridgeMemory | None":
+        """What later tokens need: all that the last one sees. None where that is nothing in any row."""
+        seen = self.seen[:, -1:]
+        if not (width := int(seen.max())):
+            return None
+        tensors = {name: getattr(self, name)[:, :width] for name in ("states", "modality", "times")}
+        projected = {layer: (key[:, :, :width], value[:, :, :width]) for layer, (key, value) in self.projected.items()}
+        return replace(self, **tensors, seen=seen, projected=projected)
 
     def visible(self, length: int, aligned: bool) -> torch.Tensor:
         """`[B, length, M]` bool: what each of the next tokens sees; with `aligned` clocks count too."""
@@ -85,6 +99,45 @@ def gather_memory(
         times.gather(1, order).masked_fill(~filled.gather(1, order), NO_TIME),
         filled.cumsum(1),
         tuple(sorted(features)),
+    )
+
+
+def join_memories(first: BridgeMemory | None, rows: int, second: BridgeMemory | None, more: int) -> BridgeMemory | None:
+    """The features of two batches of so many rows, of which both have been read (`after_prompt`); None = a batch without any."""
+    known = [memory for memory in (first, second) if memory is not None]
+    if not known:
+        return None
+    width = max(memory.states.shape[1] for memory in known)
+    parts = [memory or _empty(known[0], count) for memory, count in ((first, rows), (second, more))]
+
+    def together(tensors: list[torch.Tensor], dim: int = 1, value: float = 0) -> torch.Tensor:
+        after = [0, 0] * (tensors[0].dim() - 1 - dim)
+        return torch.cat([F.pad(x, (*after, 0, width - x.shape[dim]), value=value) for x in tensors])
+
+    layers = set.intersection(*(set(part.projected) for part in parts))
+    return BridgeMemory(
+        together([part.states for part in parts]),
+        together([part.modality for part in parts]),
+        together([part.times for part in parts], value=NO_TIME),
+        torch.cat([part.seen for part in parts]),
+        tuple(sorted({kind for part in parts for kind in part.present})),
+        projected={
+            layer: tuple(together([part.projected[layer][i] for part in parts], dim=2) for i in range(2)) for layer in layers
+        },
+    )
+
+
+def _empty(like: BridgeMemory, rows: int) -> BridgeMemory:
+    """Rows without features."""
+
+    def nothing(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        return tensor.new_zeros(rows, *tensor.shape[1:dim], 0, *tensor.shape[dim + 1 :])
+
+    return BridgeMemory(
+        *(nothing(tensor) for tensor in (like.states, like.modality, like.times)),
+        like.seen.new_zeros(rows, 1),
+        (),
+        projected={layer: (nothing(key, 2), nothing(value, 2)) for layer, (key, value) in like.projected.items()},
     )
 
 

@@ -10,6 +10,8 @@ except ImportError as error:
 
 from .app import Settings, create_app
 from .engine import Engine
+from .media import MediaLimits
 from .server import serve
+from .versions import Canary, Version
 
-__all__ = ["Engine", "Settings", "create_app", "serve"]
+__all__ = ["Canary", "Engine", "MediaLimits", "Settings", "Version", "create_app", "serve"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import End, Engine, Failure, Job, QueueFullError, StoppedError, Token
+from .prompts import Prompt
 from .protocol import ApiError, ChatRequest, Sampling, head, usage
 from .texts import GrowingText, Message, Part
 
@@ -40,7 +41,7 @@ class Answer:
     Args:
         engine: that runs them.
         request: as it came.
-        prompts: ids of each prompt.
+        prompts: of its texts.
         tokenizer: the checkpoint's.
         make_message: of a prompt's ids.
         keep_special: whether texts keep special tokens, because tool calls are made of such.
@@ -57,7 +58,7 @@ class Answer:
         self,
         engine: Engine,
         request: Sampling,
-        prompts: list[list[int]],
+        prompts: list[Prompt],
         tokenizer: Any,
         make_message: Callable[[list[int]], Message],
         *,
@@ -67,14 +68,15 @@ class Answer:
         timeout: float,
         on_first_token: Callable[[float], None],
     ):
-        self._engine, self._request, self._prompts, self.tokenizer, self._ends = engine, request, prompts, tokenizer, ends
+        self._engine, self._request, self.tokenizer, self._ends = engine, request, tokenizer, ends
+        self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self._began, self._on_first_token = time.monotonic(), on_first_token
         self._deadline, self._timeout = self._began + timeout, timeout
         self._events: asyncio.Queue[tuple[int, Token | End | Failure]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         if len(prompts) > engine.queue:
             raise ApiError(400, f"{len(prompts)} prompts are more than the {engine.queue} that may wait", "too_large", "prompt")
-        self.jobs = [self._job(number, ids, max_tokens) for number, ids in enumerate(prompts)]
+        self.jobs = [self._job(number, prompt, max_tokens) for number, prompt in enumerate(prompts)]
         self.choices = [
             Choice(
                 place * request.n + number,
@@ -87,7 +89,8 @@ class Answer:
             for number in range(request.n)
         ]
 
-    def _job(self, number: int, ids: list[int], max_tokens: int) -> Job:
+    def _job(self, number: int, prompt: Prompt, max_tokens: int) -> Job:
+        ids = prompt.ids
         room = self._engine.context - len(ids)
         if room < 1:
             text = f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of {self._engine.context}"
@@ -102,7 +105,7 @@ class Answer:
         def tell(event: Token | End | Failure) -> None:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
-        job = Job(ids, self._request.options(wanted), tell, self._request.n, top, self._request.seed)
+        job = Job(ids, self._request.options(wanted), tell, self._request.n, top, self._request.seed, prompt.inputs)
         try:
             self._engine.check(job)
         except ValueError as error:
@@ -169,7 +172,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        return usage(sum(map(len, self._prompts)), sum(choice.tokens for choice in self.choices))
+        return usage(self._prompt_tokens, sum(choice.tokens for choice in self.choices))
 
 
 def joined(first: Part, second: Part) -> Part:

@@ -5,7 +5,6 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import anyio
 from starlette.applications import Starlette
@@ -16,14 +15,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .answers import Answer, ChatShape, TextShape, stream, whole
-from .engine import Engine
 from .metrics import Metrics
-from .prompts import Prompts
+from .prompts import Prompt
 from .protocol import ApiError, ChatRequest, Sampling, TextRequest, parse
-from .texts import Message, response_template
+from .texts import Message
+from .versions import Canary, Version, Versions
 
 CLIENT_GONE = 499
 """Status in the metrics of a request whose client did not wait; nobody else sees it."""
+
+ANSWERED_BY = "modeling_deepseek_r1.model"
+"""Where a request's scope says which model it was given to."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,12 @@ class Settings:
     """What the application allows.
 
     Attributes:
-        name: of the model, as clients call it.
         api_key: without it, `/v1/...` is refused; None: open to all.
         max_tokens: of an answer, where the request does not say.
-        max_body: bytes of a request.
+        max_body: bytes of a request, images and sound included.
         body_timeout, timeout: seconds in which the request must have come, and the answer have gone.
     """
 
-    name: str
     api_key: str | None = None
     max_tokens: int = 1024
     max_body: int = 2 * 2**20
@@ -50,69 +50,64 @@ class Service:
     """The endpoints.
 
     Args:
-        engine: not started yet; runs as long as the application.
-        tokenizer: the checkpoint's, a fast one.
-        settings: limits and names.
-
-    Raises:
-        ValueError: a tokenizer without a backend, which cannot decode token by token.
+        versions: that answer.
+        settings: limits and the key.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, settings: Settings):
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; serving needs a tokenizer.json")
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.metrics, self.created = Metrics(engine), int(time.time())
-        self._prompts = Prompts(tokenizer, engine.model.get_input_embeddings().num_embeddings)
-        self._template = response_template(tokenizer)
-        ends = engine.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    def __init__(self, versions: Versions, settings: Settings):
+        self.versions, self.settings = versions, settings
+        self.metrics = Metrics({version.name: version.engine for version in versions.all})
+        self.created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        running = self.engine.is_running
+        running = all(version.engine.is_running for version in self.versions.all)
         return JSONResponse({"status": "ok" if running else "stopped"}, 200 if running else 503)
 
     async def read_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model(version) for version in self.versions.all]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(self.versions.named(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
         parsed = parse(ChatRequest, await self._body(request))
-        self._check_model(parsed.model)
+        version = self._choose(request, parsed)
         calls = bool(parsed.tools) and parsed.tool_choice != "none"
-        ids = await self._prompts.of_chat(parsed)
+        prompt = await version.prompts.of_chat(parsed)
 
         def make_message(ids: list[int]) -> Message:
-            return Message(self.tokenizer, self._template, self.tokenizer.decode(ids), calls)
+            return Message(version.tokenizer, version.template, version.tokenizer.decode(ids), calls)
 
-        answer = self._answer(parsed, [ids], make_message, keep_special=self._template is not None)
-        return await self._respond(request, parsed, answer, ChatShape(parsed, self.tokenizer))
+        answer = self._answer(version, parsed, [prompt], make_message, keep_special=version.template is not None)
+        return await self._respond(request, parsed, answer, ChatShape(parsed, version.tokenizer), version.name)
 
     async def texts(self, request: Request) -> Response:
         parsed = parse(TextRequest, await self._body(request))
-        self._check_model(parsed.model)
-        prompts = await self._prompts.of_texts(parsed)
-        answer = self._answer(parsed, prompts, lambda ids: Message(self.tokenizer, None, "", False), keep_special=False)
-        return await self._respond(request, parsed, answer, TextShape(parsed, self.tokenizer))
+        version = self._choose(request, parsed)
+        prompts = await version.prompts.of_texts(parsed)
 
-    def _model(self) -> dict:
+        def make_message(ids: list[int]) -> Message:
+            return Message(version.tokenizer, None, "", False)
+
+        answer = self._answer(version, parsed, prompts, make_message, keep_special=False)
+        return await self._respond(request, parsed, answer, TextShape(parsed, version.tokenizer), version.name)
+
+    def _model(self, version: Version) -> dict:
         return {
-            "id": self.settings.name,
+            "id": version.name,
             "object": "model",
             "created": self.created,
             "owned_by": "modeling-deepseek-r1",
-            "max_model_len": self.engine.context,
+            "max_model_len": version.engine.context,
         }
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.settings.name):
-            raise ApiError(404, f"no model {name!r} here, only {self.settings.name!r}", "model_not_found", "model")
+    def _choose(self, request: Request, parsed: Sampling) -> Version:
+        version = self.versions.choose(parsed)
+        request.scope[ANSWERED_BY] = version.name
+        return version
 
     async def _body(self, request: Request) -> bytes:
         """ApiError 413 where it is too large, 408 where it does not come."""
@@ -131,24 +126,25 @@ class Service:
             raise ApiError(408, f"the request did not come in {self.settings.body_timeout:g} seconds", "timeout") from error
         return bytes(body)
 
-    def _answer(self, parsed: Sampling, prompts: list[list[int]], make_message, keep_special: bool) -> Answer:
+    def _answer(self, version: Version, parsed: Sampling, prompts: list[Prompt], make_message, keep_special: bool) -> Answer:
         answer = Answer(
-            self.engine,
+            version.engine,
             parsed,
             prompts,
-            self.tokenizer,
+            version.tokenizer,
             make_message,
             keep_special=keep_special,
-            ends=self._ends,
+            ends=version.ends,
             max_tokens=self.settings.max_tokens,
             timeout=self.settings.timeout,
-            on_first_token=self.metrics.first_token_seconds.observe,
+            on_first_token=self.metrics.first_token_seconds.labels(version.name).observe,
         )
         answer.submit()
         return answer
 
-    async def _respond(self, request: Request, parsed: Sampling, answer: Answer, shape: ChatShape | TextShape) -> Response:
-        name = self.settings.name
+    async def _respond(
+        self, request: Request, parsed: Sampling, answer: Answer, shape: ChatShape | TextShape, name: str
+    ) -> Response:
         if parsed.stream:
             with_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
             # An answer that is late ends with an error; a reader who does not even take that is left.
@@ -218,9 +214,9 @@ class Gate:
         except ClientDisconnect:
             pass
         finally:
-            metrics = self.service.metrics
-            metrics.requests.labels(path, status).inc()
-            metrics.seconds.labels(path).observe(time.monotonic() - began)
+            metrics, model = self.service.metrics, scope.get(ANSWERED_BY, "")
+            metrics.requests.labels(path, status, model).inc()
+            metrics.seconds.labels(path, model).observe(time.monotonic() - began)
 
     def _is_open(self, scope) -> bool:
         key = self.service.settings.api_key
@@ -247,17 +243,20 @@ async def on_bug(request: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "an error of the server; its log says more", "internal_error"))
 
 
-def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> Starlette:
-    """The application; `engine` starts and stops with it. Errors as in `Service`."""
-    service = Service(engine, tokenizer, settings)
+def create_app(version: Version, settings: Settings, canary: Canary | None = None) -> Starlette:
+    """The application; engines start and stop with it. ValueError where both versions are called the same."""
+    versions = Versions(version, canary)
+    service = Service(versions, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        engine.start()
+        for one in versions.all:
+            one.engine.start()
         try:
             yield
         finally:
-            await anyio.to_thread.run_sync(engine.stop)
+            for one in versions.all:
+                await anyio.to_thread.run_sync(one.engine.stop)
 
     routes = [
         Route("/health", service.health),

@@ -74,6 +74,7 @@ class Job:
         choices: texts that grow from the prompt.
         top: likeliest tokens to be told with each.
         seed: of the sampling; None: none.
+        inputs: what other modalities give to `generate()` for this prompt, encoders' inputs above all; gone once it is read.
         cancelled: set by `cancel()`.
     """
 
@@ -83,6 +84,7 @@ class Job:
     choices: int = 1
     top: int = 0
     seed: int | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     cancelled: bool = False
     ended: set[int] = field(default_factory=set)
 
@@ -193,6 +195,9 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        # A placeholder that is generated would have to have a feature.
+        never = {*(model.generation_config.suppress_tokens or ()), *getattr(model.config, "placeholders", {}).values()}
+        self._never = {"suppress_tokens": sorted(never)} if never else {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._try_out()
 
@@ -306,8 +311,10 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         ids = torch.tensor([job.ids], device=self.model.device)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in job.inputs.items()}
+        job.inputs.clear()  # not only here: whoever waits for the answer holds them too
         try:
-            prepared = prepare(self.model, ids, job.options)
+            prepared = prepare(self.model, ids, {**job.options, **self._never, **inputs})
             wave = JobWave(*prepared, [Candidate() for _ in range(job.choices)], self._generator(job), job)
             prefill = self._busy.read(wave)
         except Exception as error:

@@ -97,6 +97,29 @@ class TextPart(Strict):
     text: str
 
 
+class ImageUrl(Strict):
+    url: str
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Sound(Strict):
+    data: str
+    format: Literal["wav"]
+
+
+class SoundPart(Strict):
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+
+ContentPart = Annotated[TextPart | ImagePart | SoundPart, Field(discriminator="type")]
+
+
 class FunctionCall(Strict):
     name: str
     arguments: str
@@ -111,7 +134,7 @@ class Call(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
@@ -169,13 +192,13 @@ class TextRequest(Sampling):
 
 
 def parse(kind: type[Sampling], body: bytes) -> Sampling:
-    """ApiError 400 where the body is not a request; it names the first field that is wrong."""
+    """ApiError 400 where the body is not a request; it names the field that is wrong, the first of those furthest inside."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        # Of a union, the branches' names follow the field's.
-        place = ".".join(str(part) for part in first["loc"])
+        # Of a union all branches complain, and the one that was meant gets furthest; the branches' names follow the field's.
+        first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         code = "invalid_json" if first["type"] == "json_invalid" else first["type"]
         where = f"{place}: " if place else ""
         raise ApiError(400, f"{where}{first['msg']}", code=code, param=place or None) from error

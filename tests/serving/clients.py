@@ -6,24 +6,31 @@ import time
 
 from starlette.testclient import TestClient
 
-from modeling_deepseek_r1.serving import Engine, Settings, create_app
+from modeling_deepseek_r1.serving import Engine, Settings, Version, create_app
 from tests.models import tiny_model
 from tests.test_conversation import TEMPLATE, word_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-@contextlib.contextmanager
-def served(pattern="mixed", *, template=TEMPLATE, step_seconds=0.0, model=None, tokenizer=None, limits=None, **settings):
-    """Client and engine; steps can be made to last."""
+def tiny_version(
+    pattern="mixed", *, name="tiny", template=TEMPLATE, step_seconds=0.0, model=None, tokenizer=None, limits=None, **parts
+):
+    """A version that answers; its steps can be made to last."""
     model = tiny_model(pattern) if model is None else model
     model.generation_config.eos_token_id = [2, 33]
-    engine = Engine(model, **(limits or {}))
     if step_seconds:
-        model.model.embed_tokens.register_forward_hook(lambda *_: time.sleep(step_seconds))
-    app = create_app(engine, tokenizer or word_tokenizer(template), Settings(**{"name": "tiny", **settings}))
+        model.get_input_embeddings().register_forward_hook(lambda *_: time.sleep(step_seconds))
+    return Version(name, Engine(model, **(limits or {})), tokenizer or word_tokenizer(template), **parts)
+
+
+@contextlib.contextmanager
+def served(pattern="mixed", *, canary=None, api_key=None, max_body=2**20, timeout=600.0, **version):
+    """Client and engine; further arguments are those of `tiny_version`."""
+    version = tiny_version(pattern, **version)
+    app = create_app(version, Settings(api_key=api_key, max_body=max_body, timeout=timeout), canary)
     with TestClient(app, raise_server_exceptions=False) as client:
-        yield client, engine
+        yield client, version.engine
 
 
 def texts(prompt="w5 w6", **fields):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_deepseek_r1.serving import Engine
+from modeling_deepseek_r1.serving import Canary, Engine
+from modeling_deepseek_r1.serving.protocol import TextRequest
+from modeling_deepseek_r1.serving.versions import Versions
 from tests.models import tiny_model
-from tests.serving.clients import CHAT, TEXT, chat, events, served, texts, wait_until
+from tests.serving.clients import CHAT, TEXT, chat, events, served, texts, tiny_version, wait_until
 from tests.test_conversation import word_tokenizer
 
 PROMPTS = ["w5 w6 w7", "w8", " ".join(f"w{n}" for n in range(20, 40)), "w9 w10", "w50 w51 w52", "w5 w6 w8", "w77 w1"]
@@ -225,11 +227,11 @@ def test_keys_models_health_and_metrics():
         assert client.get("/health").status_code == 503
         assert client.post(TEXT, json=texts()).status_code == 503
     for line in (
-        "deepseek_r1_generated_tokens_total 5.0",
-        "deepseek_r1_prompt_tokens_total 2.0",
-        'deepseek_r1_requests_total{path="/v1/completions",status="200"} 1.0',
-        'deepseek_r1_requests_total{path="/v1/completions",status="401"} 1.0',
-        "deepseek_r1_first_token_seconds_count 1.0",
+        'deepseek_r1_generated_tokens_total{model="tiny"} 5.0',
+        'deepseek_r1_prompt_tokens_total{model="tiny"} 2.0',
+        'deepseek_r1_requests_total{model="tiny",path="/v1/completions",status="200"} 1.0',
+        'deepseek_r1_requests_total{model="",path="/v1/completions",status="401"} 1.0',
+        'deepseek_r1_first_token_seconds_count{model="tiny"} 1.0',
     ):
         assert line in lines
 
@@ -247,3 +249,39 @@ def test_a_model_of_another_library_is_refused():
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=97))
     with pytest.raises(ValueError, match="convert_checkpoint"):
         Engine(llama)
+
+
+def test_a_canary_gets_its_share_and_the_same_users_each_time():
+    canary = Canary(tiny_version("sinks", name="tiny-canary"), 0.3)
+    with served(canary=canary) as (client, engine):
+        users = [f"user {number}" for number in range(60)]
+        first = {user: client.post(TEXT, json=texts(max_tokens=1, user=user)).json()["model"] for user in users}
+        again = {user: client.post(TEXT, json=texts(max_tokens=1, user=user)).json()["model"] for user in users[:20]}
+        asked = client.post(TEXT, json=texts(model="tiny-canary", user=users[0])).json()
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny", "tiny-canary"]
+        assert client.post(TEXT, json=texts(model="tiny-other")).status_code == 404
+        lines = client.get("/metrics").text.splitlines()
+        canary.version.engine.stop()
+        assert client.get("/health").status_code == 503
+    assert again == {user: first[user] for user in users[:20]}
+    given = list(first.values()).count("tiny-canary")
+    assert 8 <= given <= 28  # 18 of 60 on average; the hashes are fixed
+    assert asked["choices"][0]["text"] == alone("sinks", "w5 w6", max_new_tokens=12)[0]
+    counted = given + list(again.values()).count("tiny-canary") + 1
+    assert f'deepseek_r1_requests_total{{model="tiny-canary",path="/v1/completions",status="200"}} {counted}.0' in lines
+    assert 'deepseek_r1_requests_total{model="",path="/v1/completions",status="404"} 1.0' in lines
+
+
+def test_a_growing_share_keeps_the_users_it_has():
+    def chosen(share: float) -> set[int]:
+        versions = Versions(stable, Canary(candidate, share))
+        return {n for n in range(200) if versions.choose(TextRequest(prompt="w5", user=f"user {n}")) is candidate}
+
+    stable, candidate = tiny_version(), tiny_version(name="tiny-canary")
+    assert chosen(0.0) == set() and chosen(0.1) < chosen(0.4) < chosen(1.0) == set(range(200))
+    drawn = [Versions(stable, Canary(candidate, 0.5)).choose(TextRequest(prompt="w5")) for _ in range(200)]
+    assert 50 < drawn.count(candidate) < 150
+    with pytest.raises(ValueError, match="share of 1.5 must lie in 0 ... 1"):
+        Canary(candidate, 1.5)
+    with pytest.raises(ValueError, match="called 'tiny' like the served version"):
+        Versions(stable, Canary(tiny_version(), 0.5))

@@ -48,7 +48,7 @@ def server(checkpoint, *options: str):
 
 
 def gauge(client, name: str) -> float:
-    return float(re.search(rf"^deepseek_r1_{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
+    return float(re.search(rf"^deepseek_r1_{name}{{.*?}} (\S+)$", client.get("/metrics").text, re.MULTILINE)[1])
 
 
 def raw(port: int, body: bytes, length: int | None = None) -> socket.socket:
