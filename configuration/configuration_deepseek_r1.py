@@ -21,7 +21,7 @@ STORED_PATTERN = "layer_pattern"
 LAYER_TYPES = tuple(LAYER_LETTERS.values())
 MLP_LAYER_TYPES = ("dense", "sparse")
 SHARED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_position_embeddings")
-SHARED_FIELDS += ("mlp_layer_types", "router_aux_loss_coef", "output_router_logits")
+SHARED_FIELDS += ("mlp_layer_types", "router_aux_loss_coef", "output_router_logits", "use_bidirectional_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "piecewise_linear")
 
 
@@ -38,6 +38,10 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             otherwise full.
         sliding_window (`int`, *optional*):
             Tokens that a sliding layer sees, the current one included: position `i` sees `i - sliding_window < j <= i`.
+        use_bidirectional_attention (`bool`):
+            Tokens see later ones as well, for classification and embeddings, without a cache: a window reaches `sliding_window - 1`
+            tokens to both sides, the last `num_sink_tokens` tokens of a document are seen like the first, and nodes and clusters
+            are looked up on both sides.
         rope_parameters (`dict`, *optional*):
             As in transformers, and `{"rope_type": "piecewise_linear", "segments": [[0, 10000.0], [8192, 1000000.0]]}`: from each of
             the positions on, phases grow with the base beside it.
@@ -115,6 +119,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     layer_types: list[str] | str | None = None
     sliding_window: int | None = None
+    use_bidirectional_attention: bool = False
     sparse_attention: dict | None = None
     no_rope_layers: list[int] | None = None
     attention_bias: bool = False

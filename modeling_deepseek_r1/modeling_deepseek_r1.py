@@ -23,7 +23,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
-from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
+from .attention.flash import flash_kernel
+from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, check_pages, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import rotary_embedding
@@ -79,7 +80,7 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekR1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
     # Layouts are worked out on the host, so a whole forward is not one graph.
     _can_compile_fullgraph = False
@@ -87,6 +88,11 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["router", "global_tokens"]
     # transformers looks for its decorator in this file's source; the experts are in another one.
     _can_set_experts_implementation_cached_value = True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation == "flash_attention_2":
+            flash_kernel()  # transformers would take another package's kernel, or not say what to install
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Without a request the library's own: it alone spends nothing on inactive slots."""
@@ -161,6 +167,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         kwargs["mm_token_type_ids"] = None if mm_token_type_ids is None else mm_token_type_ids[:, -inputs.shape[1] :]
         if self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None:
             return self._forward_for_engine(inputs, position_ids, attention_mask, output_router_logits, **kwargs)
+        use_cache = cacheable(self.config, past_key_values) and use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
@@ -209,7 +216,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             seq_idx=seq_idx,
-            cached=past_key_values is not None,
+            cached=past_key_values is not None or self.config.use_bidirectional_attention,
         )
         if position_ids is None:
             if layout.is_regular:
@@ -354,6 +361,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        cacheable(self.config.get_text_config(), "generate()")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             adopt_cache(model_kwargs["past_key_values"], len(self.model.layers), self.model.make_cache_layer)
@@ -361,15 +369,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
-        own = sorted({kind for kind in self.config.get_text_config().layer_types if kind.startswith("local_")})
-        sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
-        windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
-        if own or sinks or len(windows) > 1:
-            what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
-            raise ValueError(
-                f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
-                " Use generate(), or convert the checkpoint without them"
-            )
+        check_pages(self.config.get_text_config(), self.model.patterns)
         return super().init_continuous_batching(*args, **kwargs)
 
 

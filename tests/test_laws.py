@@ -30,6 +30,7 @@ TRAVELLING = {room for rooms in STOREYS[:3] for room in rooms}
 OPTIONAL = {
     "accelerate",
     "datasets",
+    "flash_attn",
     "gguf",
     "matplotlib",
     "peft",

@@ -13,10 +13,12 @@ with l - log g, and the gradient of log g is exp(l_p + log g - l) (o_p - o) . do
 Cost of the local plan: n (W + S + block) query-key pairs, linear in n.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
+from .flash import FlashKernel
 from .kernels import attend, attend_backward
 from .pattern import AttentionPattern
 
@@ -26,11 +28,13 @@ LOCAL_BLOCK = 128
 
 @dataclass(frozen=True)
 class Part:
-    """Keys that a block of queries meets in one product: `ranges` of the key sequence, joined; `mask` `[Q, K]` additive."""
+    """Keys that a block of queries meets in one product: `ranges` of the key sequence, joined; `mask` `[Q, K]` additive; `kernel`
+    computes the product, or that of this library."""
 
     ranges: tuple[tuple[int, int], ...]
     mask: torch.Tensor | None = None
     causal: bool = False
+    kernel: FlashKernel | None = None
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,37 @@ class Block:
     parts: tuple[Part, ...]
 
 
-def full_plan(num_queries: int, num_keys: int) -> list[Block]:
+def full_plan(num_queries: int, num_keys: int, kernel: FlashKernel | None = None) -> list[Block]:
     """Every query sees all keys up to its own position; the queries are the last `num_queries` positions."""
+    if kernel is not None:
+        return [Block(0, num_queries, (Part(((0, num_keys),), causal=True, kernel=kernel),))]
     past = num_keys - num_queries
     own = Part(((past, num_keys),), causal=True)
     return [Block(0, num_queries, (Part(((0, past),)), own) if past else (own,))]
 
 
 def local_plan(
-    pattern: AttentionPattern, num_queries: int, num_keys: int, seq_len: int, dtype: torch.dtype, device: torch.device
+    pattern: AttentionPattern,
+    num_queries: int,
+    num_keys: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: FlashKernel | None = None,
 ) -> list[Block]:
-    """Sliding window and sink tokens.
+    """Sliding window and sink tokens; where the pattern is not causal, queries and keys are a whole document.
 
     Args:
         num_queries: the queries are the positions `seq_len - num_queries ... seq_len - 1`.
         num_keys: the keys are the first tokens of the document followed by the last ones, `num_keys` in all; what lies
             between has been dropped by the cache and must be visible to none of the queries.
         seq_len: tokens of the document so far.
+        kernel: computes the products of a plan without masks; default: those of this library.
     """
+    if not pattern.causal:
+        return _two_sided_plan(pattern, num_keys, dtype, device)
+    if kernel is not None:
+        return _plan_without_masks(pattern, num_queries, num_keys, seq_len, kernel)
     window, sinks = pattern.window, min(pattern.num_sink_tokens, num_keys)
     dropped = seq_len - num_keys
     first = seq_len - num_queries
@@ -88,8 +105,48 @@ def _local_mask(window, sinks, start, stop, ranges, dropped, dtype, device) -> t
     slots = torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
     keys = torch.where(slots < sinks, slots, slots + dropped)
     queries = torch.arange(start, stop, device=device)[:, None]
-    visible = (keys <= queries) & ((keys > queries - window) | (keys < sinks))
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+    return _additive(AttentionPattern(window, sinks).sees(queries, keys), dtype)
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _two_sided_plan(pattern: AttentionPattern, length: int, dtype: torch.dtype, device: torch.device) -> list[Block]:
+    """Windows to both sides, the first tokens and the last ones."""
+    window, edge = pattern.window, min(pattern.num_sink_tokens, length)
+    interior, blocks = None, []
+    for start in range(0, length, LOCAL_BLOCK):
+        stop = min(length, start + LOCAL_BLOCK)
+        low, high = max(start - window + 1, edge), min(stop + window - 1, length - edge)
+        ranges = ((0, edge), (low, high), (length - edge, length)) if 2 * edge < length else ((0, length),)
+        ranges = tuple(r for r in ranges if r[0] < r[1])
+        is_interior = stop - start == LOCAL_BLOCK and edge < low and high < length - edge
+        mask = interior if is_interior else None
+        if mask is None:
+            keys = torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+            queries = torch.arange(start, stop, device=device)[:, None]
+            mask = _additive(pattern.sees(queries, keys, length - 1 - keys), dtype)
+            interior = mask if is_interior else interior
+        blocks.append(Block(start, stop, (Part(ranges, mask),)))
+    return blocks
+
+
+def _plan_without_masks(pattern, num_queries, num_keys, seq_len, kernel: FlashKernel) -> list[Block]:
+    """At most three blocks: queries whose window reaches all earlier keys, those that see some of the sink tokens besides (the
+    first ones up to `position - window`, again a causal product), and those that see all of them besides."""
+    window, sinks = pattern.window, min(pattern.num_sink_tokens, num_keys)
+    first, dropped = seq_len - num_queries, seq_len - num_keys
+    turns = (window, window + sinks - 1) if sinks else ()
+    blocks = []
+    for start, stop in pairwise(sorted({first, seq_len, *(turn for turn in turns if first < turn < seq_len)})):
+        low = max(start - window + 1, 0)
+        parts = [Part(((low - dropped, stop - dropped),), causal=True, kernel=replace(kernel, window=window))]
+        if sinks and start >= window:
+            all_sinks = start >= window + sinks - 1
+            parts.append(Part(((0, sinks if all_sinks else stop - window),), causal=not all_sinks, kernel=kernel))
+        blocks.append(Block(start - first, stop - first, tuple(parts)))
+    return blocks
 
 
 def blockwise_attention(
@@ -115,17 +172,20 @@ def _gather(states: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> torch.
 def run_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[Block], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of a plan, without autograd. Queries before its first block see
-    nothing: 0 and -inf."""
+    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]` of a plan, without autograd. Queries before its first block
+    and after its last one see nothing: 0 and -inf."""
     output = torch.empty_like(query)
     logsumexp = query.new_empty(query.shape[:3], dtype=sum_dtype(query))
-    first = plan[0].start if plan else query.shape[2]
-    output[:, :, :first] = 0.0
-    logsumexp[:, :, :first] = float("-inf")
+    first, last = (plan[0].start, plan[-1].stop) if plan else (query.shape[2],) * 2
+    for unseeing in (slice(0, first), slice(last, None)):
+        output[:, :, unseeing] = 0.0
+        logsumexp[:, :, unseeing] = float("-inf")
     for block in plan:
         rows = query[:, :, block.start : block.stop]
         results = [
-            attend(rows, _gather(key, part.ranges), _gather(value, part.ranges), scale, part.mask, part.causal)
+            (part.kernel.attend if part.kernel else attend)(
+                rows, _gather(key, part.ranges), _gather(value, part.ranges), scale, part.mask, part.causal
+            )
             for part in block.parts
         ]
         merged, total = results[0] if len(results) == 1 else merge_parts(results)
@@ -150,7 +210,7 @@ def run_plan_backward(
     for block in plan:
         rows = slice(block.start, block.stop)
         for part in block.parts:
-            shares = attend_backward(
+            shares = (part.kernel.attend_backward if part.kernel else attend_backward)(
                 grad[:, :, rows], query[:, :, rows], _gather(key, part.ranges), _gather(value, part.ranges),
                 output[:, :, rows], logsumexp[:, :, rows], scale, part.mask, part.causal,
             )  # fmt: skip

@@ -2,6 +2,8 @@
 
 - `eager`: the dense reference, which also returns the attention weights.
 - `sdpa`: blockwise; no tensor grows with n x n.
+- `flash_attention_2`: the same with FlashAttention's kernels for what needs no mask.
+- `flex_attention`: torch's, compiled for the layer's pattern; gradients on a GPU only.
 - any other registered name, or a paged cache, means that a serving engine computes attention and owns the keys (continuous
   batching, vLLM): it is called through transformers' interface, for patterns that such engines know.
 """
@@ -11,33 +13,36 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import PatternLayer
+from .flash import flash_kernel
+from .flex import flex_pattern_attention
 from .gate import DeepseekR1GlobalTokens, DeepseekR1Router
-from .nodes import Nodes, dense_inputs
+from .nodes import Nodes
 from .nodes_cache import GlobalLayer
 from .norm import DeepseekR1RMSNorm
-from .pattern import AttentionLayout, AttentionPattern, remote_keys
-from .ragged import document_attention, ragged_attention
-from .reference import attention_reference, key_layout, visible_to_layout
+from .pattern import AttentionLayout, AttentionPattern
+from .ragged import MASKED_QUERIES, document_attention, ragged_attention
+from .reference import key_layout, layer_reference, sparse_weights
 from .rotary import rotate
 from .routed import Routing, routed_step
 from .routed_cache import RoutedLayer
 
-OWN_IMPLEMENTATIONS = ("eager", "sdpa")
+OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 MAX_STEPS = 16
 """Up to this many new tokens, a routed layer looks them up one by one in the lists of its cache."""
 
 
 def layer_pattern(config, layer_idx: int) -> AttentionPattern:
     """The pattern of one layer from the model's configuration."""
+    causal = not config.use_bidirectional_attention
     if config.layer_types[layer_idx] == "full_attention":
-        return AttentionPattern()
+        return AttentionPattern(causal=causal)
     sparse = config.sparse_attention_of(layer_idx)
     limits = (sparse.num_sink_tokens,) if sparse is not None else ()
     if config.layer_types[layer_idx] == "local_routed_attention":
         limits = (sparse.num_sink_tokens, sparse.routed_clusters, sparse.routed_tokens)
     elif config.layer_types[layer_idx] == "local_global_attention":
         limits = (sparse.num_sink_tokens, 0, 0, sparse.global_stride)
-    return AttentionPattern(config.per_layer_config[layer_idx].sliding_window, *limits)
+    return AttentionPattern(config.per_layer_config[layer_idx].sliding_window, *limits, causal=causal)
 
 
 def cache_layer(config, layer_idx: int, record_past: bool = False) -> PatternLayer:
@@ -46,6 +51,31 @@ def cache_layer(config, layer_idx: int, record_past: bool = False) -> PatternLay
     if pattern.routed_clusters:
         return RoutedLayer(pattern, config.sparse_attention_of(layer_idx).num_clusters, record_past)
     return (GlobalLayer if pattern.global_stride else PatternLayer)(pattern, record_past)
+
+
+def cacheable(config, past) -> bool:
+    """Whether a model can use a cache: not a bidirectional one, for which `past`, a cache or the name of what needs one, is a
+    ValueError."""
+    if config.use_bidirectional_attention and past is not None:
+        what = past if isinstance(past, str) else "past_key_values"
+        raise ValueError(
+            f"{what} cannot go with use_bidirectional_attention=True: a token that comes later would change all earlier ones."
+            " Such a model classifies or embeds whole texts; set the field to False to generate"
+        )
+    return not config.use_bidirectional_attention
+
+
+def check_pages(config, patterns: list[AttentionPattern]) -> None:
+    """Raises ValueError for patterns that continuous batching cannot keep in its pages."""
+    own = sorted({kind for kind in config.layer_types if kind.startswith("local_")})
+    sinks = sorted({pattern.num_sink_tokens for pattern in patterns if pattern.num_sink_tokens})
+    windows = sorted({pattern.window for pattern in patterns if pattern.window is not None})
+    if own or sinks or len(windows) > 1:
+        what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
+        raise ValueError(
+            f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
+            " Use generate(), or convert the checkpoint without them"
+        )
 
 
 class DeepseekR1Attention(nn.Module):
@@ -67,7 +97,7 @@ class DeepseekR1Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = layer.attention_dropout
         self.uses_rotary = bool(config.no_rope_layers[layer_idx])
-        self.is_causal = True
+        self.is_causal = self.pattern.causal
         hidden, bias = layer.hidden_size, layer.attention_bias
         self.q_proj = nn.Linear(hidden, layer.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, layer.num_key_value_heads * self.head_dim, bias=bias)
@@ -94,8 +124,9 @@ class DeepseekR1Attention(nn.Module):
         attention_mask=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns `[B, n, hidden]` and, from the reference only, the weights `[B, heads, n, keys]`; those of a global layer begin
-        with its memory tokens and, with a cache, its nodes.
+        """Returns `[B, n, hidden]` and the weights `[B, heads, n, keys]`: from the reference always, from other implementations
+        with `output_attentions` as a sparse tensor. Those of a global layer begin with its memory tokens and, with a cache, its
+        nodes.
 
         `layout` is None where an engine computes the attention; `attention_mask` is then whatever that engine passes.
         """
@@ -103,7 +134,8 @@ class DeepseekR1Attention(nn.Module):
         if layout is None:
             output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
         else:
-            output, weights = self._own_attention(query, key, value, layout, past_key_values, routing)
+            wanted = kwargs.get("output_attentions") or self.config.output_attentions
+            output, weights = self._own_attention(query, key, value, layout, past_key_values, routing, wanted)
             output = output.transpose(1, 2)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -129,7 +161,7 @@ class DeepseekR1Attention(nn.Module):
         # Under autocast norms and rotation give float32, and the kernels want queries, keys and values of one dtype.
         return query.to(value.dtype), key.to(value.dtype), value, routing
 
-    def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | Nodes | None):
+    def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | Nodes | None, wanted):
         positions, documents, held = layout.positions, layout.documents, None
         if past_key_values is not None:
             new = {"clusters": routing.key_clusters} if self.router is not None else {}
@@ -138,16 +170,28 @@ class DeepseekR1Attention(nn.Module):
             positions, documents = held.key_positions, held.key_documents
             if routing is not None:
                 routing = routing.cached(held)
-        dropout = self.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager" or dropout:
-            # The fused kernels have no dropout; the reference does, at the price of its n x n weights.
-            return self._reference(query, key, value, layout, positions, documents, routing, dropout)
+        states, dropout = (query, key, value), self.attention_dropout if self.training else 0.0
+        name, weights = self.config._attn_implementation, None
+        few = layout.num_queries <= MASKED_QUERIES and key.shape[2] > layout.num_queries
+        if name == "eager" or dropout or wanted or (name == "flex_attention" and not few):
+            places = layout.positions, positions, layout.documents, documents
+            if layout.is_regular:
+                places = *key_layout(layout, self.pattern, key.shape[2], query.device), None, None
+            rest = *states, self.pattern, self.scaling, places, routing
+            if name == "eager" or dropout:
+                # The fused kernels have no dropout; the reference does, at the price of its n x n weights.
+                return layer_reference(*rest, dropout)
+            weights = sparse_weights(*rest) if wanted else None
+            if name == "flex_attention" and not few:
+                return flex_pattern_attention(*rest), weights
+        kernel = flash_kernel() if name == "flash_attention_2" else None
         if not layout.is_regular:
-            return ragged_attention(query, key, value, self.pattern, self.scaling, layout, positions, documents, routing), None
+            rest = layout, positions, documents, routing, kernel
+            return ragged_attention(*states, self.pattern, self.scaling, *rest), weights
         seq_len = layout.past + layout.num_queries
         if self.router is not None and layout.past and layout.num_queries <= MAX_STEPS and not torch.is_grad_enabled():
-            return self._routed_steps(query, key, value, held, routing, layout.past), None
-        return document_attention(query, key, value, self.pattern, self.scaling, seq_len, routing), None
+            return self._routed_steps(*states, held, routing, layout.past), weights
+        return document_attention(*states, self.pattern, self.scaling, seq_len, routing, kernel), weights
 
     def _routed_steps(self, query, key, value, held, routing: Routing, past: int) -> torch.Tensor:
         outputs = []
@@ -158,23 +202,11 @@ class DeepseekR1Attention(nn.Module):
             outputs.append(routed_step(*states, *remote, routing.log_gate[:, :, one], self.pattern, self.scaling))
         return torch.cat(outputs, 2)
 
-    def _reference(self, query, key, value, layout, positions, documents, routing: Routing | Nodes | None, dropout: float):
-        visible = visible_to_layout(layout, self.pattern, key.shape[2], positions, documents, query.device)
-        if routing is None:
-            return attention_reference(query, key, value, visible, self.scaling, dropout)
-        places = (layout.positions, positions, layout.documents, documents)
-        if layout.is_regular:
-            places = key_layout(layout, self.pattern, key.shape[2], query.device)
-        if isinstance(routing, Nodes):
-            key, value, *rest = dense_inputs(key, value, visible, routing, self.pattern, places)
-            return attention_reference(query, key, value, rest[0], self.scaling, dropout, *rest[1:])
-        remote = remote_keys(self.pattern, routing.query_clusters, routing.key_clusters, *places)
-        return attention_reference(query, key, value, visible, self.scaling, dropout, remote, routing.log_gate[..., None])
-
     def _engine_attention(self, query, key, value, attention_mask, **kwargs):
         own = self.router is not None or self.global_tokens is not None
-        if self.pattern.num_sink_tokens or own:
+        if self.pattern.num_sink_tokens or own or not self.pattern.causal:
             what = f"is {self.layer_type}" if own else f"has {self.pattern.num_sink_tokens} sink tokens"
+            what = what if self.pattern.causal else "is bidirectional"
             raise ValueError(
                 f"layer {self.layer_idx} {what}, which attention implementation"
                 f" {self.config._attn_implementation!r} does not know; it serves full_attention and plain sliding_attention layers"

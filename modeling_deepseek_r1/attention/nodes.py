@@ -6,6 +6,8 @@ Longformer, https://arxiv.org/abs/2004.05150). Memory tokens are keys and values
 without position and therefore not rotated (persistent vectors, https://arxiv.org/abs/1907.01470); every query sees them, in every
 document. All is one softmax, in which nodes count with a gate g and the memory with g exp(b), b one number per head.
 
+Where the pattern is not causal, nodes at j >= i + window are seen too.
+
 How it is computed: nodes are a strided slice of the keys, of which a query sees the first c, c growing by one every
 `global_stride` queries. A block of queries meets those that all of it sees in one product and the few others in a second one.
 Window, nodes and memory are merged through their log-sum-exps (`blockwise.py`). Cost: n (W + S + M + n / stride) pairs.
@@ -13,12 +15,14 @@ Window, nodes and memory are merged through their log-sum-exps (`blockwise.py`).
 Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, N nodes, M memory tokens, D head size.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .blockwise import Block, Part, gate_gradient, local_plan, merge_gated, run_plan, run_plan_backward
+from .flash import FlashKernel
 from .pattern import AttentionPattern, visible_nodes
 
 NODE_BLOCK = 64
@@ -64,26 +68,41 @@ class Nodes(NamedTuple):
 
 
 def node_plan(
-    pattern: AttentionPattern, num_queries: int, seq_len: int, dtype: torch.dtype, device: torch.device
+    pattern: AttentionPattern,
+    num_queries: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: FlashKernel | None = None,
 ) -> list[Block]:
     """Blocks of queries with the nodes that they see; keys are the nodes in the order of their positions.
 
     Args:
         num_queries: the queries are the positions `seq_len - num_queries ... seq_len - 1`.
+        kernel: computes the products of a plan without masks; default: those of this library.
     """
-    stride = pattern.global_stride
-    size = -(-NODE_BLOCK // stride) * stride
-    # Query q sees the first (q - origin) // stride + 1 nodes; every query of a block sees one more than `common`.
+    # Query q sees the first (q - origin) // stride + 1 nodes.
     origin = pattern.first_node + pattern.window - (seq_len - num_queries)
+    return _growing_plan(origin, num_queries, seq_len, pattern.global_stride, dtype, device, kernel)
+
+
+def _growing_plan(origin, num_queries, num_nodes, stride, dtype, device, kernel=None) -> list[Block]:
+    """From the query `origin` on, one node more every `stride` queries, until there are `num_nodes`."""
+    size = -(-NODE_BLOCK // stride) * stride
     start, blocks, masks = max(0, origin), [], {}
-    while start < num_queries:
+    if kernel is not None and start < num_queries:
+        since, seen = start - origin, (num_queries - 1 - origin) // stride + 1
+        part = Part(((0, seen),), causal=True, kernel=replace(kernel, stride=stride, lead=since % stride))
+        return [Block(start, num_queries, (part,))]
+    while start < num_queries and num_nodes:
         since = start - origin
         stop = min(num_queries, start + size - since % size)
-        common, most = since // stride, (stop - 1 - origin) // stride + 1
+        # Every query of a block sees one more than `common`, as long as there are more.
+        common, most = min(since // stride, num_nodes - 1), min((stop - 1 - origin) // stride + 1, num_nodes)
         if most == common + 1:
             parts = (Part(((0, most),)),)
         else:
-            kind = (since % stride, stop - start)
+            kind = (since % stride, stop - start, most - common)
             if kind not in masks:
                 seen = (since % stride + torch.arange(stop - start, device=device)) // stride
                 hidden = torch.arange(most - common, device=device) > seen[:, None]
@@ -93,6 +112,20 @@ def node_plan(
         blocks.append(Block(start, stop, parts))
         start = stop
     return blocks
+
+
+def _plan_ahead(pattern: AttentionPattern, length: int, num_nodes: int, dtype, device) -> list[Block]:
+    """The nodes behind the windows of a document: the plan for those before them, seen from the document's end."""
+    last = pattern.first_node + (num_nodes - 1) * pattern.global_stride
+    origin = length - 1 - last + pattern.window
+    plan = _growing_plan(origin, length, num_nodes, pattern.global_stride, dtype, device)
+
+    def mirrored(part: Part) -> Part:
+        ((low, high),) = part.ranges
+        mask = None if part.mask is None else part.mask.flip(0, 1).contiguous()
+        return Part(((num_nodes - high, num_nodes - low),), mask)
+
+    return [Block(length - b.stop, length - b.start, tuple(map(mirrored, b.parts))) for b in reversed(plan)]
 
 
 class _GlobalAttention(torch.autograd.Function):
@@ -133,8 +166,9 @@ def global_attention(
     pattern: AttentionPattern,
     scale: float,
     seq_len: int,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
-    """Global attention of the last Q tokens of one document.
+    """Global attention of the last Q tokens of one document, or, where the pattern is not causal, of all of them.
 
     Args:
         query: `[B, H, Q, D]` after rotation.
@@ -145,16 +179,23 @@ def global_attention(
         `[B, H, Q, D]`.
     """
     queries, keys = query.shape[2], key.shape[2]
+    like = query.dtype, query.device
     if queries == 1 and keys <= pattern.num_sink_tokens + pattern.window:
-        local = [Block(0, 1, (Part(((0, keys),)),))]
+        local = [Block(0, 1, (Part(((0, keys),), kernel=kernel),))]
     else:
-        local = local_plan(pattern, queries, keys, seq_len, query.dtype, query.device)
+        local = local_plan(pattern, queries, keys, seq_len, *like, kernel)
     held = nodes.held
     if held is None:
-        held = [x[:, :, pattern.first_node :: pattern.global_stride].contiguous() for x in (key, value)]
-    plans, remotes = [local, node_plan(pattern, queries, seq_len, query.dtype, query.device)], [*held, nodes.log_gate]
+        end = keys if pattern.causal else max(0, keys - pattern.num_sink_tokens)
+        held = [x[:, :, pattern.first_node : end : pattern.global_stride].contiguous() for x in (key, value)]
+    plans, remotes = [local, node_plan(pattern, queries, seq_len, *like, kernel)], [*held, nodes.log_gate]
+    if not pattern.causal:
+        count, origin = held[0].shape[2], pattern.first_node + pattern.window
+        plans[1] = _growing_plan(origin, queries, count, pattern.global_stride, *like)
+        plans.append(_plan_ahead(pattern, queries, count, *like))
+        remotes *= 2
     if nodes.memory is not None:
-        plans.append([Block(0, queries, (Part(((0, nodes.memory.key.shape[1]),)),))])
+        plans.append([Block(0, queries, (Part(((0, nodes.memory.key.shape[1]),), kernel=kernel),))])
         remotes += _in_batch(nodes.memory, query)
         remotes.append(nodes.log_gate + nodes.memory.bias[:, None])
     return _GlobalAttention.apply(plans, scale, query, key, value, *remotes)
@@ -173,21 +214,47 @@ def dense_inputs(
     Returns:
         Keys, values, `visible`, the remote ones `[B, 1, Q, K']`, and what is added to their logits `[B, H, Q, 1 or K']`.
     """
-    batch, _, length, _ = key.shape
-    log_gate = nodes.log_gate[..., None]
-    if nodes.held is None:
-        remote = visible_nodes(pattern, *places)
-    else:
-        numbers = torch.arange(nodes.held[0].shape[2], device=key.device)
-        positions = (pattern.first_node + pattern.global_stride * numbers).expand(batch, -1)
-        remote = F.pad(visible_nodes(pattern, places[0], positions), (0, length))
-        key, value = (torch.cat(pair, 2) for pair in zip(nodes.held, (key, value), strict=True))
+    length, log_gate = key.shape[2], nodes.log_gate[..., None]
+    held = nodes.held
+    key, value, places, is_node, is_memory = extended_keys(key, value, nodes, pattern, places)
+    remote = visible_nodes(pattern, *places)
+    if held is not None:
+        remote = remote & is_node
+    remote = (remote | is_memory) if is_memory is not None else remote
     if nodes.memory is not None:
-        count, others = nodes.memory.key.shape[1], key.shape[2]
-        key, value = (torch.cat(pair, 2) for pair in zip(_in_batch(nodes.memory, key), (key, value), strict=True))
-        remote = F.pad(remote, (count, 0), value=True)
-        log_gate = log_gate + F.pad(nodes.memory.bias[:, None, None].expand(-1, -1, count), (0, others))
+        log_gate = log_gate + nodes.memory.bias[:, None, None] * is_memory
     return key, value, F.pad(visible, (key.shape[2] - length, 0)), remote[:, None], log_gate
+
+
+def extended_keys(key: torch.Tensor, value: torch.Tensor, nodes: Nodes, pattern: AttentionPattern, places: tuple) -> tuple:
+    """Memory tokens and nodes that are held apart put before the other keys.
+
+    Args:
+        key, value: `[B, G, K, D]`.
+        places: as in `dense_inputs`.
+
+    Returns:
+        Keys, values, and places of all; which keys are nodes, bool `[K']` where these are held apart and the others do not count
+        as nodes, else `[B, K']`; and which are memory tokens, bool `[K']`, or None.
+    """
+    queries, positions, *documents = (*places, None, None)[:4]
+    is_memory = None
+    if nodes.held is not None:
+        numbers = torch.arange(nodes.held[0].shape[2], device=key.device)
+        own = (pattern.first_node + pattern.global_stride * numbers).expand(len(key), -1)
+        key, value = (torch.cat(pair, 2) for pair in zip(nodes.held, (key, value), strict=True))
+        is_node = torch.arange(key.shape[2], device=key.device) < len(numbers)
+        positions = torch.cat((own, positions), 1)
+    else:
+        is_node = pattern.are_nodes(positions)
+    if nodes.memory is not None:
+        count = nodes.memory.key.shape[1]
+        key, value = (torch.cat(pair, 2) for pair in zip(_in_batch(nodes.memory, key), (key, value), strict=True))
+        is_memory = torch.arange(key.shape[2], device=key.device) < count
+        # No position: neither a near key nor a node.
+        positions, is_node = F.pad(positions, (count, 0), value=-1), F.pad(is_node, (count, 0))
+        documents = [documents[0], None if documents[1] is None else F.pad(documents[1], (count, 0))]
+    return key, value, (queries, positions, *documents), is_node, is_memory
 
 
 def _in_batch(memory: Memory, like: torch.Tensor) -> list[torch.Tensor]:

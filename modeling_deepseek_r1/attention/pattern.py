@@ -11,6 +11,11 @@ keys are those of the same document at positions
     global layer: those of the local layer; and, under a gate, the nodes S <= j <= i - W with (j + 1) mod `global_stride` = 0
                   and the layer's memory tokens, which have no position (`nodes.py`)
 
+Where the pattern is not causal (`causal`), for classification and embeddings, every rule holds for both sides: of a document of n
+tokens a full layer sees all, a local layer those with |i - j| < W, the first S and the last S; remote keys are sought at j <= i - W
+and at j >= i + W without the first and last S, by a routed layer up to `routed_tokens` of each of its clusters on either side, the
+nearest ones.
+
 The window is that of Mistral (https://arxiv.org/abs/2310.06825), the sink tokens those of StreamingLLM
 (https://arxiv.org/abs/2309.17453). With W at least the length of the document both rows are the same.
 
@@ -21,6 +26,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+
+from .row_groups import RowGroup, token_runs
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class AttentionPattern:
         routed_clusters: clusters that a query looks into besides; 0 = none.
         routed_tokens: the most recent keys that it sees in each.
         global_stride: beyond the window, the last of every so many tokens stays visible (a node); 0 = none.
+        causal: whether a query sees nothing behind its own position.
     """
 
     window: int | None = None
@@ -40,11 +48,12 @@ class AttentionPattern:
     routed_clusters: int = 0
     routed_tokens: int = 0
     global_stride: int = 0
+    causal: bool = True
 
     @property
     def local(self) -> "AttentionPattern":
         """The pattern without its remote keys."""
-        return AttentionPattern(self.window, self.num_sink_tokens)
+        return AttentionPattern(self.window, self.num_sink_tokens, causal=self.causal)
 
     @property
     def drops_keys(self) -> bool:
@@ -66,6 +75,34 @@ class AttentionPattern:
         if not self.global_stride:
             return torch.zeros_like(positions, dtype=torch.bool)
         return (positions >= self.num_sink_tokens) & ((positions + 1) % self.global_stride == 0)
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether queries see keys without any gate, by their positions; tensors of any shapes that go together.
+
+        Args:
+            after: how many keys of its document follow a key; only read where the pattern is not causal.
+        """
+        visible = (key >= 0) & (key <= query) if self.causal else key >= 0
+        if self.window is None:
+            return visible
+        near = key > query - self.window
+        if not self.causal:
+            near = near & (key < query + self.window)
+        return visible & (near | self._on_edge(key, after))
+
+    def behind(self, query: torch.Tensor, key: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether keys lie before the queries' windows and may be remote ones; arguments as in `sees`."""
+        return (key >= 0) & (key <= query - self.window) & ~self._on_edge(key, after)
+
+    def ahead(self, query: torch.Tensor, key: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for keys after the windows, of which a causal pattern has none."""
+        if self.causal:
+            return torch.zeros_like(key <= query)
+        return (key >= query + self.window) & ~self._on_edge(key, after)
+
+    def _on_edge(self, key: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+        head = key < self.num_sink_tokens
+        return head if self.causal else head | (after < self.num_sink_tokens)
 
     def kept(self, key_positions: torch.Tensor, next_positions: torch.Tensor) -> torch.Tensor:
         """Which keys the tokens from `next_positions` on can still see.
@@ -101,13 +138,25 @@ def visible_keys(
     Returns:
         `[B, Q, K]` bool.
     """
-    query, key = query_positions[:, :, None], key_positions[:, None, :]
-    visible = (key >= 0) & (key <= query)
-    if pattern.window is not None:
-        visible &= (key > query - pattern.window) | (key < pattern.num_sink_tokens)
+    query, key, after = _in_pairs(pattern, query_positions, key_positions, key_documents)
+    visible = pattern.sees(query, key, after)
     if query_documents is not None:
-        visible &= query_documents[:, :, None] == key_documents[:, None, :]
+        visible = visible & (query_documents[:, :, None] == key_documents[:, None, :])
     return visible | (query < 0)
+
+
+def keys_after(key_positions: torch.Tensor, key_documents: torch.Tensor | None = None) -> torch.Tensor:
+    """`[B, K]`: how many keys of its document follow each key; arguments as in `visible_keys`."""
+    if key_documents is None:
+        return key_positions.amax(1, keepdim=True) - key_positions
+    last = key_positions.new_zeros(len(key_positions), int(key_documents.max()) + 1)
+    return last.scatter_reduce(1, key_documents, key_positions, "amax").gather(1, key_documents) - key_positions
+
+
+def _in_pairs(pattern, query_positions, key_positions, key_documents):
+    """Positions of queries `[B, Q, 1]` and keys `[B, 1, K]`, and the keys after the latter."""
+    after = None if pattern.causal else keys_after(key_positions, key_documents)[:, None, :]
+    return query_positions[:, :, None], key_positions[:, None, :], after
 
 
 def remote_keys(
@@ -128,16 +177,19 @@ def remote_keys(
     Returns:
         `[B, H, Q, K]` bool.
     """
-    query, key = query_positions[:, :, None], key_positions[:, None, :]
-    far = (key >= pattern.num_sink_tokens) & (key <= query - pattern.window)
-    if query_documents is not None:
-        far &= query_documents[:, :, None] == key_documents[:, None, :]
+    places = _in_pairs(pattern, query_positions, key_positions, key_documents)
+    same = True if query_documents is None else query_documents[:, :, None] == key_documents[:, None, :]
+    behind, ahead = (pattern.behind(*places) & same)[:, None], (pattern.ahead(*places) & same)[:, None]
     keys = key_clusters.repeat_interleave(query_clusters.shape[1] // key_clusters.shape[1], 1)[:, :, None]
     remote = torch.zeros((), dtype=torch.bool, device=keys.device)
     for choice in query_clusters.unbind(-1):
-        member = far[:, None] & (keys == choice[..., None])
+        chosen = keys == choice[..., None]
+        member = behind & chosen
         age = member.flip(-1).cumsum(-1).flip(-1)
         remote = remote | (member & (age <= pattern.routed_tokens))
+        if not pattern.causal:
+            member = ahead & chosen
+            remote = remote | (member & (member.cumsum(-1) <= pattern.routed_tokens))
     return remote
 
 
@@ -149,10 +201,10 @@ def visible_nodes(
     key_documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The nodes that a query of a global layer sees, `[B, Q, K]`, disjoint from `visible_keys`; arguments as there."""
-    query, key = query_positions[:, :, None], key_positions[:, None, :]
-    nodes = pattern.are_nodes(key) & (key <= query - pattern.window)
+    places = _in_pairs(pattern, query_positions, key_positions, key_documents)
+    nodes = pattern.are_nodes(places[1]) & (pattern.behind(*places) | pattern.ahead(*places))
     if query_documents is not None:
-        nodes &= query_documents[:, :, None] == key_documents[:, None, :]
+        nodes = nodes & (query_documents[:, :, None] == key_documents[:, None, :])
     return nodes
 
 
@@ -206,7 +258,8 @@ class AttentionLayout:
             position_ids: `[B or 1, Q]`; without `attention_mask` and `seq_idx`, a position that does not continue the previous
                 one starts a new document (packing without padding, as in transformers).
             seq_idx: `[B or 1, Q]` number of each token's document, for packed rows.
-            cached: whether later tokens will see these. If not, padding at the end of the rows changes nothing and is ignored.
+            cached: whether other tokens than these, or earlier ones, will see them. If not, padding at the end of the rows changes
+                nothing and is ignored.
 
         Raises:
             ValueError: a mask or index whose shape does not fit.
@@ -285,36 +338,8 @@ class AttentionLayout:
         past = self.past_positions.flatten().tolist()
         groups: dict[tuple, list[int]] = {}
         for row in range(self.batch_size):
-            groups.setdefault((past[row], in_progress[row], _runs(positions[row], documents[row])), []).append(row)
+            groups.setdefault((past[row], in_progress[row], token_runs(positions[row], documents[row])), []).append(row)
         return [RowGroup(rows, past_length, current, runs) for (past_length, current, runs), rows in groups.items()]
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Rows in which the same slots hold the same documents.
-
-    Attributes:
-        rows: their numbers in the batch.
-        past_length: tokens of the document in progress that came before this forward.
-        current_document: its number.
-        runs: `(document or None for padding, number of slots)`, one after the other along the row.
-    """
-
-    rows: list[int]
-    past_length: int
-    current_document: int
-    runs: tuple[tuple[int | None, int], ...]
-
-
-def _runs(positions: list[int], documents: list[int]) -> tuple[tuple[int | None, int], ...]:
-    runs: list[list] = []
-    for position, document in zip(positions, documents, strict=True):
-        owner = document if position >= 0 else None
-        if runs and runs[-1][0] == owner:
-            runs[-1][1] += 1
-        else:
-            runs.append([owner, 1])
-    return tuple((owner, length) for owner, length in runs)
 
 
 def _valid_tokens(attention_mask: torch.Tensor | None, batch_size: int, num_queries: int, past: int) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention, full_plan, local_plan
+from .flash import FlashKernel
 from .nodes import Nodes, dense_inputs, global_attention
 from .pattern import AttentionLayout, AttentionPattern, RowGroup, remote_keys, visible_keys
 from .routed import Routing, routed_attention
@@ -25,6 +26,7 @@ def document_attention(
     scale: float,
     seq_len: int,
     routing: Routing | Nodes | None = None,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Attention of the last tokens of one document, equal in all rows of the batch.
 
@@ -33,6 +35,7 @@ def document_attention(
         key, value: `[B, G, K, D]`, the first tokens of the document followed by its last ones.
         seq_len: tokens of the document so far.
         routing: clusters and gate of a routed layer, which holds all keys; or gate, memory and nodes of a global one.
+        kernel: computes the products that need no mask; default: those of this library.
 
     Returns:
         `[B, H, Q, D]`.
@@ -40,20 +43,21 @@ def document_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if isinstance(routing, Nodes):
         # Without remote keys it is the local layer; in training the gate gets its (zero) gradient nevertheless.
-        if routing.memory is not None or seq_len > pattern.first_node + pattern.window or torch.is_grad_enabled():
-            return global_attention(query, key, value, routing, pattern, scale, seq_len)
+        reached = seq_len > pattern.first_node + pattern.window or not pattern.causal
+        if routing.memory is not None or reached or torch.is_grad_enabled():
+            return global_attention(query, key, value, routing, pattern, scale, seq_len, kernel)
         routing, pattern = None, pattern.local
     if routing is not None and seq_len > pattern.window + pattern.num_sink_tokens:
-        return routed_attention(query, key, value, routing, pattern, scale)
+        return routed_attention(query, key, value, routing, pattern, scale, kernel)
     if num_queries == 1 and (pattern.capacity is None or num_keys <= pattern.capacity + 1):
         # Whatever the cache has kept is visible to the next token.
         return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
     if pattern.window is None or pattern.window >= seq_len:
-        if num_queries == num_keys:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        plan = full_plan(num_queries, num_keys)
+        if num_queries == num_keys and (kernel is None or not pattern.causal):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=pattern.causal, scale=scale, enable_gqa=True)
+        plan = full_plan(num_queries, num_keys, kernel)
     else:
-        plan = local_plan(pattern, num_queries, num_keys, seq_len, query.dtype, query.device)
+        plan = local_plan(pattern, num_queries, num_keys, seq_len, query.dtype, query.device, kernel)
     return blockwise_attention(query, key, value, plan, scale)
 
 
@@ -67,6 +71,7 @@ def ragged_attention(
     key_positions: torch.Tensor,
     key_documents: torch.Tensor | None,
     routing: Routing | Nodes | None = None,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
     """Attention over an irregular layout.
 
@@ -76,6 +81,7 @@ def ragged_attention(
         key_positions: `[B, K]`, -1 = not a key.
         key_documents: `[B, K]` or None.
         routing: clusters and gate of a routed layer, or gate and memory of a global one.
+        kernel: as in `document_attention`.
 
     Returns:
         `[B, H, Q, D]`; rows of padding are finite and mean nothing.
@@ -98,18 +104,18 @@ def ragged_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     groups = layout.row_groups
     if len(groups) == 1:
-        return _group_attention(query, key, value, pattern, scale, groups[0], key_positions, routing)
+        return _group_attention(query, key, value, pattern, scale, groups[0], key_positions, routing, kernel)
     outputs = []
     for group in groups:
         rows = torch.tensor(group.rows, device=query.device)
         selected = (x.index_select(0, rows) for x in (query, key, value))
         own = routing and routing.rows(rows)
-        outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows], own))
+        outputs.append(_group_attention(*selected, pattern, scale, group, key_positions[rows], own, kernel))
     order = torch.tensor([row for group in groups for row in group.rows], device=query.device)
     return torch.cat(outputs).index_select(0, order.argsort())
 
 
-def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_positions, routing):
+def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_positions, routing, kernel=None):
     num_queries = query.shape[2]
     num_cached = key.shape[2] - num_queries
     lengths = [length for _, length in group.runs]
@@ -138,7 +144,7 @@ def _group_attention(query, key, value, pattern, scale, group: RowGroup, key_pos
             elif routing is not None:
                 held = _cached(routing.key_clusters.unsqueeze(-1), key_positions, num_cached).squeeze(-1)
                 own_routing = own_routing._replace(key_clusters=torch.cat((held, own_routing.key_clusters), 2))
-        result = document_attention(*own, pattern, scale, seq_len, own_routing)
+        result = document_attention(*own, pattern, scale, seq_len, own_routing, kernel)
         for number, piece in zip(numbers, result.split([lengths[n] for n in numbers], 2), strict=True):
             outputs[number] = piece
     return torch.cat(outputs, 2)

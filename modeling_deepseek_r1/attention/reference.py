@@ -2,7 +2,10 @@
 
 import torch
 
-from .pattern import AttentionLayout, AttentionPattern, visible_keys
+from .kernels import MAX_SCORES
+from .nodes import Nodes, dense_inputs
+from .pattern import AttentionLayout, AttentionPattern, remote_keys, visible_keys
+from .routed import Routing
 
 
 def attention_reference(
@@ -52,15 +55,53 @@ def key_layout(
     return queries.expand(layout.batch_size, -1), keys.expand(layout.batch_size, -1)
 
 
-def visible_to_layout(
-    layout: AttentionLayout,
+def layer_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     pattern: AttentionPattern,
-    num_keys: int,
-    key_positions: torch.Tensor | None,
-    key_documents: torch.Tensor | None,
-    device: torch.device,
+    scale: float,
+    places: tuple,
+    routing: Routing | Nodes | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_reference` of a layer of any type.
+
+    Args:
+        query, key, value, scale, dropout: as there.
+        places: positions of queries `[B, Q]` and keys `[B, K]`, and their documents or None, as in `visible_keys`.
+        routing: clusters and gate of a routed layer, or gate, memory and nodes of a global one.
+    """
+    visible = visible_keys(pattern, *places)
+    if routing is None:
+        return attention_reference(query, key, value, visible, scale, dropout)
+    if isinstance(routing, Nodes):
+        key, value, *rest = dense_inputs(key, value, visible, routing, pattern, places)
+        return attention_reference(query, key, value, rest[0], scale, dropout, *rest[1:])
+    remote = remote_keys(pattern, routing.query_clusters, routing.key_clusters, *places)
+    return attention_reference(query, key, value, visible, scale, dropout, remote, routing.log_gate[..., None])
+
+
+@torch.no_grad()
+def sparse_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern,
+    scale: float,
+    places: tuple,
+    routing: Routing | Nodes | None = None,
 ) -> torch.Tensor:
-    """`[B, Q, K]` bool for the keys that a layer holds: those of the cache followed by the new ones."""
-    if layout.is_regular:
-        return visible_keys(pattern, *key_layout(layout, pattern, num_keys, device))
-    return visible_keys(pattern, layout.positions, key_positions, layout.documents, key_documents)
+    """The weights of `layer_reference` as a sparse COO tensor `[B, H, Q, K]`, made from a bounded number of rows at a time; rows of
+    padding are empty."""
+    queries, keys, own, others = places
+    step, pieces = max(1, MAX_SCORES // key.shape[2]), []
+    for start in range(0, query.shape[2], step):
+        rows = slice(start, start + step)
+        part = queries[:, rows], keys, None if own is None else own[:, rows], others
+        chosen = routing and routing._replace(log_gate=routing.log_gate[:, :, rows])
+        if isinstance(routing, Routing):
+            chosen = chosen._replace(query_clusters=routing.query_clusters[:, :, rows])
+        _, weights = layer_reference(query[:, :, rows], key, value, pattern, scale, part, chosen)
+        pieces.append(weights.masked_fill(part[0][:, None, :, None] < 0, 0.0).to_sparse())
+    return torch.cat(pieces, 2).coalesce()

@@ -16,12 +16,13 @@ nothing, forward and backward.
 Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, R chosen clusters, D head size, P pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from .blockwise import gate_gradient, local_plan, merge_gated, run_plan, run_plan_backward
+from .flash import FlashKernel
 from .kernels import attend, attend_backward
 from .pattern import AttentionPattern
 
@@ -56,6 +57,10 @@ class Routing(NamedTuple):
         """Of consecutive runs of queries and their own keys, the last ones."""
         own = self._replace(key_clusters=self.key_clusters[:, :, -sum(lengths) :])
         return [Routing(*pieces) for pieces in zip(*(x.split(lengths, 2) for x in own), strict=True)]
+
+    def mirrored(self) -> "Routing":
+        """Of the tokens in reversed order."""
+        return Routing(self.query_clusters.flip(2), self.key_clusters.flip(2), self.log_gate.flip(2))
 
     @staticmethod
     def join(pieces: list["Routing"]) -> "Routing":
@@ -103,7 +108,10 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern, spacing: int | None 
     highest = max(int(query_clusters.max()), int(key_clusters.max()))
     row = torch.arange(rows, device=device)[:, None] * (highest + 2) * span
     # Sink tokens belong to no cluster: they come before all others.
-    clusters = torch.where(positions < pattern.num_sink_tokens, -1, key_clusters.reshape(rows, length).long())
+    edge = positions < pattern.num_sink_tokens
+    if not pattern.causal:
+        edge = edge | edge.flip(0)
+    clusters = torch.where(edge, -1, key_clusters.reshape(rows, length).long())
     codes, order = (row + (clusters + 1) * span + positions).flatten().sort()
     wanted = row + (query_clusters.reshape(rows, -1) + 1) * span
     last = (positions[length - queries :] - pattern.window).repeat_interleave(choices).repeat(heads // groups)
@@ -118,6 +126,20 @@ def plan_pairs(routing: Routing, pattern: AttentionPattern, spacing: int | None 
     if spacing is not None and spacing != length:
         order = order + order // length * (spacing - length)
     return _blocks(pairs, *(edge.flatten()[pairs] for edge in (wanted, start, stop)), order)
+
+
+def plan_both_sides(routing: Routing, pattern: AttentionPattern) -> list[PairBatch]:
+    """The plan of a whole document in which a query looks into its clusters twice: choices 0 ... R - 1 are the keys before its
+    window, R ... 2 R - 1 those behind it, which are the former of the reversed document."""
+    length, choices, batches = routing.key_clusters.shape[2], routing.query_clusters.shape[3], []
+    for side, own in enumerate((routing, routing.mirrored())):
+        for batch in plan_pairs(own, pattern):
+            rows, keys = batch.pairs // choices, batch.keys
+            if side:
+                rows, keys = (x + length - 1 - 2 * (x % length) for x in (rows, keys))
+            pairs = (2 * rows + side) * choices + batch.pairs % choices
+            batches.append(replace(batch, pairs=pairs, keys=keys))
+    return batches
 
 
 def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
@@ -178,22 +200,28 @@ def routed_attention(
     routing: Routing,
     pattern: AttentionPattern,
     scale: float,
+    kernel: FlashKernel | None = None,
 ) -> torch.Tensor:
-    """Routed attention of the last Q tokens of one document, all of whose K keys are given.
+    """Routed attention of the last Q tokens of one document, all of whose K keys are given; of all its tokens, where the pattern is
+    not causal.
 
     Args:
         query: `[B, H, Q, D]` after rotation. key, value: `[B, G, K, D]`.
         routing: clusters and gate.
+        kernel: computes the local part; default: the products of this library.
 
     Returns:
         `[B, H, Q, D]`.
     """
     length = key.shape[2]
-    local = local_plan(pattern, query.shape[2], length, length, query.dtype, query.device)
-    # Gradients have no room between the heads.
-    spacing = (None if torch.is_grad_enabled() else _spacing(key, value)) or length
-    batches = plan_pairs(routing, pattern, spacing)
+    local = local_plan(pattern, query.shape[2], length, length, query.dtype, query.device, kernel)
     choices = routing.query_clusters.shape[-1]
+    if not pattern.causal:
+        batches, choices, spacing = plan_both_sides(routing, pattern), 2 * choices, length
+    else:
+        # Gradients have no room between the heads.
+        spacing = (None if torch.is_grad_enabled() else _spacing(key, value)) or length
+        batches = plan_pairs(routing, pattern, spacing)
     return _RoutedAttention.apply(query, key, value, routing.log_gate, local, batches, choices, scale, spacing)
 
 
