@@ -45,7 +45,7 @@ class GlobalLayer(PatternLayer):
 
     def _bring_in_nodes(self, held: int) -> int:
         """Puts the nodes that have been dropped between the sink tokens and the last keys; returns the number of keys."""
-        positions = self._regular_positions(len(self.keys), held, self.keys.device)
+        positions = self.regular_positions()
         if held < self.seen:
             head = self.pattern.num_sink_tokens
             count = self._num_nodes(self.seen - held + head)
