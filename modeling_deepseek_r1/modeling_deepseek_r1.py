@@ -165,7 +165,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
-            adopt_cache(past_key_values, len(self.layers), self.make_cache_layer)
+            adopt_cache(past_key_values, len(self.layers), self.make_cache_layer, inputs.device)
         reference = self.config._attn_implementation == "eager"
         layout, position_ids = forward_layout(past_key_values, inputs, attention_mask, position_ids, seq_idx, reference)
         position_ids = position_ids.to(inputs.device)
@@ -343,9 +343,15 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" is not supported: its layers know neither windows nor the positions of padded rows;'
+                " local layers hold a bounded number of keys without it"
+            )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(model_kwargs.get("past_key_values"), Cache):
-            adopt_cache(model_kwargs["past_key_values"], len(self.model.layers), self.model.make_cache_layer)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            adopt_cache(cache, len(self.model.layers), self.model.make_cache_layer, self.device)
         return result
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -292,8 +292,12 @@ class PatternLayer(DynamicLayer):
         self._select(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
-def adopt_cache(cache: Cache, num_layers: int, make_layer: Callable[[int, bool, int | None], PatternLayer]) -> None:
+def adopt_cache(
+    cache: Cache, num_layers: int, make_layer: Callable[[int, bool, int | None], PatternLayer], device: torch.device
+) -> None:
     """Gives an unused `DynamicCache` or `StaticCache` one layer of this library per model layer.
+
+    On a CPU there is nowhere to offload to: `offloading=True` then does nothing.
 
     Args:
         make_layer: called with the number of a layer, whether to record the past, and the length of a static cache or None.
@@ -312,6 +316,7 @@ def adopt_cache(cache: Cache, num_layers: int, make_layer: Callable[[int, bool, 
             f"past_key_values is a {found}{', already filled' if filled else ''}; pass an empty DynamicCache() or StaticCache, or one"
             f" that this model has filled ({num_layers} layers)"
         )
+    cache.offloading = cache.offloading and device.type != "cpu"
     recording = any(getattr(layer, "record_past", False) for layer in layers)
     length, kinds = _static_length(layers), []
     cache.layers = [make_layer(layer_idx, recording, length) for layer_idx in range(num_layers)]

@@ -198,7 +198,8 @@ class StaticPatternLayer(CacheLayerMixin):
         layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
         following, slots = self.next_positions, self.slots
         positions = slots.held(following)
-        positions = positions.masked_fill(~self.pattern.kept(positions, following), -1)
+        pattern = self.pattern.local if slots.nodes else self.pattern
+        positions = positions.masked_fill(~pattern.kept(positions, following), -1)
         keys, values = (x[:, :, : slots.local] for x in (self.keys, self.values))
         regular = bool((following == self.seen).all())
         if slots.nodes:
