@@ -22,12 +22,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention.cache import PatternLayer, adopt_cache
+from .attention.cache import adopt_cache
 from .attention.flash import flash_kernel
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, check_pages, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import rotary_embedding
+from .attention.static_step import StaticLayout, close_cache, forward_layout
 from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .moe.block import DeepseekR1SparseMoeBlock
 from .moe.gates import gather_statistics
@@ -171,10 +172,11 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
-            adopt_cache(past_key_values, len(self.layers), self.make_cache_layer)
-        layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
+            adopt_cache(past_key_values, len(self.layers), self.make_cache_layer, inputs.device)
+        layout, position_ids = forward_layout(past_key_values, inputs, attention_mask, position_ids, seq_idx, self.config)
         position_ids = position_ids.to(inputs.device)
         hidden_states, routed = self._run(inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs)
+        close_cache(past_key_values)
         # Without gradients nothing is trained: a Trainer generates in this mode, and asks for a reference.
         if routed and self.training and torch.is_grad_enabled():
             gather_statistics(self.routers, routed, real_tokens(attention_mask, len(routed[0].logits)))
@@ -193,37 +195,19 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             routed=tuple(routed) if output_router_logits or (self.training and torch.is_grad_enabled()) else None,
         )
 
-    def make_cache_layer(self, layer_idx: int, record_past: bool = False) -> PatternLayer:
-        """The cache layer that a decoder layer needs."""
-        return cache_layer(self.config, layer_idx, record_past)
+    def make_cache_layer(self, layer_idx: int, record_past: bool = False, max_cache_len: int | None = None):
+        """The cache layer that a decoder layer needs; with `max_cache_len` for a static cache."""
+        return cache_layer(self.config, layer_idx, record_past, max_cache_len)
 
     def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
             raise ValueError(f"the input has shape {list(inputs.shape)}: there is no token to run the model on")
-        # On an accelerator this would wait for the device at every step.
+        # On an accelerator this would wait for the device at every step; compiled code cannot raise.
+        if torch.compiler.is_compiling():
+            return
         if are_ids and inputs.device.type == "cpu" and (int(inputs.min()) < 0 or int(inputs.max()) >= self.config.vocab_size):
             wrong = inputs[(inputs < 0) | (inputs >= self.config.vocab_size)][0]
             raise ValueError(f"token id {int(wrong)} is outside of the vocabulary (0 ... {self.config.vocab_size - 1})")
-
-    def _layout(self, inputs, attention_mask, position_ids, seq_idx, past_key_values):
-        past, past_positions = 0, None
-        if past_key_values is not None and isinstance(past_key_values.layers[0], PatternLayer):
-            past, past_positions = past_key_values.layers[0].seen, past_key_values.layers[0].next_positions
-        layout = AttentionLayout.build(
-            *inputs.shape[:2],
-            past=past,
-            past_positions=past_positions,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cached=past_key_values is not None or self.config.use_bidirectional_attention,
-        )
-        if position_ids is None:
-            if layout.is_regular:
-                position_ids = torch.arange(past, past + inputs.shape[1], device=inputs.device).unsqueeze(0)
-            else:
-                position_ids = layout.positions.clamp(min=0)
-        return layout, position_ids
 
     def _run(self, inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs):
         """All layers, and what their routers chose; without gradients and with a cache, a long input goes through them in chunks."""
@@ -234,9 +218,10 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs
         )
         whole = past_key_values is None or torch.is_grad_enabled() or records or not 0 < chunk < length
+        whole = whole or isinstance(layout, StaticLayout)
         if whole or self.config._attn_implementation == "eager":
             return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)
-        for layer in past_key_values.layers:
+        for layer in (layer.open_layer for layer in past_key_values.layers):
             layer.reserve = max(layer.reserve, 0 if layer.is_sliding else layer.seen + length)
         output, types, memory = None, kwargs.pop("mm_token_type_ids"), kwargs.pop("bridge_memory", None)
         for start in range(0, length, chunk):
@@ -356,15 +341,24 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
         return output_losses(self.model.routers, outputs, attention_mask, self.training) if asked or trained else {}
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Masks are made by the layers that need them, so `generate()` passes the padding mask on as it is."""
-        return attention_mask
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, inputs_embeds=None, **kwargs):
+        """The new tokens' columns of the padding mask, so that it has the same shape in every step; `generate()` asks for them
+        with caches that can be compiled. Masks are made by the layers that need them."""
+        if attention_mask is None or inputs_embeds is None:
+            return attention_mask
+        return attention_mask[:, -inputs_embeds.shape[1] :]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         cacheable(self.config.get_text_config(), "generate()")
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" is not supported: its layers know neither windows nor the positions of padded rows;'
+                " local layers hold a bounded number of keys without it"
+            )
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(model_kwargs.get("past_key_values"), Cache):
-            adopt_cache(model_kwargs["past_key_values"], len(self.model.layers), self.model.make_cache_layer)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            adopt_cache(cache, len(self.model.layers), self.model.make_cache_layer, self.device)
         return result
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -92,9 +92,9 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         """The routers of the decoder's sparse layers."""
         return self.language_model.routers
 
-    def make_cache_layer(self, layer_idx: int, record_past: bool = False):
+    def make_cache_layer(self, *args):
         """The cache layer that a decoder layer needs."""
-        return self.language_model.make_cache_layer(layer_idx, record_past)
+        return self.language_model.make_cache_layer(*args)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[features, hidden]`, image after image, of `[images, 3, height, width]`."""

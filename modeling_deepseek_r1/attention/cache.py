@@ -24,6 +24,8 @@ from .pattern import AttentionLayout, AttentionPattern
 
 SLACK = 64
 """Tokens appended in place before a local layer moves its keys together."""
+UNLIMITED = 2**31
+"""Length of a static cache that has only local layers, which hold all that is needed of any length."""
 
 
 class UnadoptedLayer(DynamicLayer):
@@ -130,6 +132,11 @@ class PatternLayer(DynamicLayer):
         self._stores = (GrowingStates(), GrowingStates())
         self._forget()
 
+    @property
+    def open_layer(self) -> "PatternLayer":
+        """The layer itself; in a `StaticCache` what stands in for it while a prompt is read (`static_cache.py`)."""
+        return self
+
     def _forget(self) -> None:
         self.keys = self.values = self.positions = self.next_positions = None
         self.key_positions = self.key_documents = None
@@ -187,7 +194,7 @@ class PatternLayer(DynamicLayer):
         if layout is None or layout.is_regular:
             raise ValueError("this cache holds padded or packed rows; the new tokens' layout must say where each row stands")
         if held and self.positions is None:
-            self.positions = self._regular_positions(key_states.shape[0], held, key_states.device)
+            self.positions = self.regular_positions()
         positions, documents = layout.positions, layout.documents
         if held:
             states = zip(self._stores, (self.keys, self.values), (key_states, value_states), strict=True)
@@ -208,7 +215,9 @@ class PatternLayer(DynamicLayer):
             self._drop_irregular()
         return key_states, value_states
 
-    def _regular_positions(self, batch_size: int, held: int, device: torch.device) -> torch.Tensor:
+    def regular_positions(self) -> torch.Tensor:
+        """`[B, K]` positions of the keys where `positions` is None."""
+        (batch_size, _, held, _), device = self.keys.shape, self.keys.device
         head = min(self.pattern.num_sink_tokens, held) if held < self.seen else 0
         tail = torch.arange(self.seen - held + head, self.seen, device=device)
         return torch.cat((torch.arange(head, device=device), tail)).expand(batch_size, -1)
@@ -283,19 +292,21 @@ class PatternLayer(DynamicLayer):
         self._select(lambda x: x[indices.to(x.device)] if isinstance(indices, torch.Tensor) else x[indices])
 
 
-def adopt_cache(cache: Cache, num_layers: int, make_layer: Callable[[int, bool], PatternLayer]) -> None:
-    """Gives an unused `DynamicCache` or `StaticCache` one `PatternLayer` per model layer.
+def adopt_cache(
+    cache: Cache, num_layers: int, make_layer: Callable[[int, bool, int | None], PatternLayer], device: torch.device
+) -> None:
+    """Gives an unused `DynamicCache` or `StaticCache` one layer of this library per model layer.
 
-    The layers of a static cache keep its promise to allocate once, as far as it concerns full layers; they are not compilable.
+    On a CPU there is nowhere to offload to: `offloading=True` then does nothing.
 
     Args:
-        make_layer: called with the number of a layer and whether to record the past.
+        make_layer: called with the number of a layer, whether to record the past, and the length of a static cache or None.
 
     Raises:
         ValueError: a cache of another kind (quantized, for instance), or one that other layers have filled.
     """
     layers = cache.layers
-    if len(layers) == num_layers and all(isinstance(layer, PatternLayer) for layer in layers):
+    if len(layers) == num_layers and all(hasattr(layer, "open_layer") for layer in layers):
         return
     foreign = [type(layer).__name__ for layer in layers if type(layer) not in REPLACEABLE]
     filled = any(int(layer.get_seq_length()) > 0 for layer in layers)
@@ -305,8 +316,20 @@ def adopt_cache(cache: Cache, num_layers: int, make_layer: Callable[[int, bool],
             f"past_key_values is a {found}{', already filled' if filled else ''}; pass an empty DynamicCache() or StaticCache, or one"
             f" that this model has filled ({num_layers} layers)"
         )
-    reserve = max((layer.max_cache_len for layer in layers if isinstance(layer, StaticLayer)), default=0)
+    cache.offloading = cache.offloading and device.type != "cpu"
     recording = any(getattr(layer, "record_past", False) for layer in layers)
-    cache.layers = [make_layer(layer_idx, recording) for layer_idx in range(num_layers)]
-    for layer in cache.layers:
-        layer.reserve = 0 if layer.is_sliding else reserve
+    length, kinds = _static_length(layers), []
+    cache.layers = [make_layer(layer_idx, recording, length) for layer_idx in range(num_layers)]
+    for layer, old in zip(cache.layers, layers, strict=False) if length else ():
+        kinds += [] if layer.pattern in kinds else [layer.pattern]
+        layer.kind = kinds.index(layer.pattern)
+        if old.is_initialized:
+            layer.lazy_initialization(old.keys, old.values)
+            layer.close()
+
+
+def _static_length(layers: list) -> int | None:
+    """Tokens that a `StaticCache` was made for, None for another cache. A layer with a window knows no more than that."""
+    static = [layer for layer in layers if isinstance(layer, StaticLayer)]
+    lengths = [layer.max_cache_len for layer in static if not isinstance(layer, StaticSlidingWindowLayer)]
+    return max(lengths, default=UNLIMITED) if static else None

@@ -25,6 +25,8 @@ from .reference import key_layout, layer_reference, sparse_weights
 from .rotary import rotate
 from .routed import Routing, routed_step
 from .routed_cache import RoutedLayer
+from .static_cache import StaticPatternLayer
+from .static_step import StaticLayout, static_attention
 
 OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 MAX_STEPS = 16
@@ -45,12 +47,21 @@ def layer_pattern(config, layer_idx: int) -> AttentionPattern:
     return AttentionPattern(config.per_layer_config[layer_idx].sliding_window, *limits, causal=causal)
 
 
-def cache_layer(config, layer_idx: int, record_past: bool = False) -> PatternLayer:
-    """What a cache needs for one layer."""
-    pattern = layer_pattern(config, layer_idx)
+def cache_layer(
+    config, layer_idx: int, record_past: bool = False, max_cache_len: int | None = None
+) -> PatternLayer | StaticPatternLayer:
+    """What a cache needs for one layer; with `max_cache_len` for a static cache of so many tokens."""
+    pattern, sparse = layer_pattern(config, layer_idx), config.sparse_attention_of(layer_idx)
     if pattern.routed_clusters:
-        return RoutedLayer(pattern, config.sparse_attention_of(layer_idx).num_clusters, record_past)
-    return (GlobalLayer if pattern.global_stride else PatternLayer)(pattern, record_past)
+        layer = RoutedLayer(pattern, sparse.num_clusters, record_past)
+    else:
+        layer = (GlobalLayer if pattern.global_stride else PatternLayer)(pattern, record_past)
+    if max_cache_len is None:
+        return layer
+    memory = sparse.num_memory_tokens if pattern.global_stride else 0
+    # The library's own experts are computed one after the other, as many as there are.
+    compileable = not (config.is_sparse(layer_idx) and config._experts_implementation == "eager")
+    return StaticPatternLayer(layer, max_cache_len, memory, compileable and config._attn_implementation != "eager")
 
 
 def cacheable(config, past) -> bool:
@@ -162,11 +173,13 @@ class DeepseekR1Attention(nn.Module):
         return query.to(value.dtype), key.to(value.dtype), value, routing
 
     def _own_attention(self, query, key, value, layout, past_key_values, routing: Routing | Nodes | None, wanted):
+        if isinstance(layout, StaticLayout):
+            return self._static_step(query, key, value, layout, past_key_values, routing), None
         positions, documents, held = layout.positions, layout.documents, None
         if past_key_values is not None:
             new = {"clusters": routing.key_clusters} if self.router is not None else {}
             key, value = past_key_values.update(key, value, self.layer_idx, layout=layout, **new)
-            held = past_key_values.layers[self.layer_idx]
+            held = past_key_values.layers[self.layer_idx].open_layer
             positions, documents = held.key_positions, held.key_documents
             if routing is not None:
                 routing = routing.cached(held)
@@ -192,6 +205,13 @@ class DeepseekR1Attention(nn.Module):
         if self.router is not None and layout.past and layout.num_queries <= MAX_STEPS and not torch.is_grad_enabled():
             return self._routed_steps(*states, held, routing, layout.past), weights
         return document_attention(*states, self.pattern, self.scaling, seq_len, routing, kernel), weights
+
+    def _static_step(self, query, key, value, layout: StaticLayout, past_key_values, routing) -> torch.Tensor:
+        new = {"clusters": routing.key_clusters} if self.router is not None else {}
+        if self.global_tokens is not None:
+            new["memory"] = routing.memory
+        key, value = past_key_values.update(key, value, self.layer_idx, layout=layout, **new)
+        return static_attention(query, key, value, past_key_values.layers[self.layer_idx], layout, routing, self.scaling)
 
     def _routed_steps(self, query, key, value, held, routing: Routing, past: int) -> torch.Tensor:
         outputs = []

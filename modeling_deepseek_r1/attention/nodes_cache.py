@@ -45,7 +45,7 @@ class GlobalLayer(PatternLayer):
 
     def _bring_in_nodes(self, held: int) -> int:
         """Puts the nodes that have been dropped between the sink tokens and the last keys; returns the number of keys."""
-        positions = self._regular_positions(len(self.keys), held, self.keys.device)
+        positions = self.regular_positions()
         if held < self.seen:
             head = self.pattern.num_sink_tokens
             count = self._num_nodes(self.seen - held + head)
@@ -64,21 +64,6 @@ class GlobalLayer(PatternLayer):
         if self.nodes is not None:
             surplus = self.nodes[0].shape[2] - self._num_nodes(self.seen)
             self.nodes = tuple(s.take_back(x, surplus) for s, x in zip(self._node_stores, self.nodes, strict=True))
-
-    def offload(self) -> None:
-        super().offload()
-        self._move_nodes("cpu")
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._move_nodes(self.device)
-
-    def _move_nodes(self, device) -> None:
-        if self.nodes is not None and self.nodes[0].device != torch.device(device):
-            self.nodes = tuple(x.to(device, non_blocking=True) for x in self.nodes)
-            for store in self._node_stores:
-                store.clear()
 
     def _select(self, select) -> None:
         super()._select(select)
