@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
+from .attention.engines import check_pages
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
@@ -165,13 +166,18 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             past_key_values = DynamicCache()
         if past_key_values is not None:
             adopt_cache(past_key_values, len(self.layers), self.make_cache_layer)
-        layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
-        position_ids = position_ids.to(inputs.device)
-        hidden_states, routed = self._run(inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs)
+        place = attention_mask, position_ids, seq_idx, past_key_values, output_router_logits
+        segments = getattr(past_key_values, "read_segments", None)
+        hidden_states, routed = segments(self, inputs, *place, **kwargs) if segments else self.read(inputs, *place, **kwargs)
         # Without gradients nothing is trained: a Trainer generates in this mode, and asks for a reference.
         if routed and self.training and torch.is_grad_enabled():
             gather_statistics(self.routers, routed, real_tokens(attention_mask, len(routed[0].logits)))
         return self._output(hidden_states, routed, output_router_logits, past_key_values if use_cache else None)
+
+    def read(self, inputs, attention_mask, position_ids, seq_idx, past_key_values, output_router_logits, **kwargs):
+        """The last hidden states `[B, n, hidden]` of new tokens, and what the routers chose."""
+        layout, position_ids = self._layout(inputs, attention_mask, position_ids, seq_idx, past_key_values)
+        return self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, output_router_logits, **kwargs)
 
     @property
     def routers(self) -> list[nn.Module]:
@@ -361,15 +367,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
-        own = sorted({kind for kind in self.config.get_text_config().layer_types if kind.startswith("local_")})
-        sinks = sorted({pattern.num_sink_tokens for pattern in self.model.patterns if pattern.num_sink_tokens})
-        windows = sorted({pattern.window for pattern in self.model.patterns if pattern.window is not None})
-        if own or sinks or len(windows) > 1:
-            what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
-            raise ValueError(
-                f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
-                " Use generate(), or convert the checkpoint without them"
-            )
+        check_pages(self.config.get_text_config(), "generate_batch()")
         return super().init_continuous_batching(*args, **kwargs)
 
 

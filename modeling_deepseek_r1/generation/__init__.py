@@ -1,5 +1,6 @@
 """Generation beyond a plain `model.generate()`."""
 
+from ..attention.segments import SegmentedCache
 from .candidates import CandidateOutput, HierarchicalCandidates, generate_candidates
 from .conversation import Conversation
 from .evaluators import EmbeddingEvaluator, RewardEvaluator
@@ -12,6 +13,7 @@ __all__ = [
     "EmbeddingEvaluator",
     "HierarchicalCandidates",
     "PromptCandidates",
+    "SegmentedCache",
     "RewardEvaluator",
     "generate_candidates",
 ]
