@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
-from .attention.engines import check_pages
+from .attention.engines import check_pages, check_vllm
 from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
@@ -107,6 +107,8 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
 
     def __init__(self, config: DeepseekR1TextConfig):
         super().__init__(config)
+        if config._attn_implementation == "vllm":
+            check_vllm(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -156,12 +158,12 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
-        self._check_tokens(inputs, input_ids is not None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         kwargs["mm_token_type_ids"] = None if mm_token_type_ids is None else mm_token_type_ids[:, -inputs.shape[1] :]
         if self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None:
             return self._forward_for_engine(inputs, position_ids, attention_mask, output_router_logits, **kwargs)
+        self._check_tokens(inputs, input_ids is not None)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:

@@ -2,6 +2,9 @@
 
 from .layer import layer_pattern
 
+LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size")
+"""That all layers must have in common there."""
+
 
 def check_pages(config, engine: str) -> None:
     """ValueError where the layers of a text configuration see more than pages hold: remote keys, nodes, sink tokens, several
@@ -16,3 +19,15 @@ def check_pages(config, engine: str) -> None:
             f"{engine} keeps keys in pages that know full_attention and one sliding window; this model has {what}."
             " Use generate(), or convert the checkpoint without them"
         )
+
+
+def check_vllm(config) -> None:
+    """As `check_pages`; and ValueError for what vLLM's Transformers backend would compute wrongly without a word: it takes sizes
+    from the configuration of the whole model, and SiLU for the activation of experts."""
+    check_pages(config, "vLLM")
+    for name in LAYER_SIZES:
+        sizes = sorted({getattr(layer, name) for layer in config.per_layer_config})
+        if len(sizes) > 1:
+            raise ValueError(f"vLLM knows one {name} for all layers; this model has {sizes}. Use generate()")
+    if config.num_experts and config.hidden_act != "silu":
+        raise ValueError(f"vLLM computes experts with silu; this model has hidden_act={config.hidden_act!r}. Use generate()")

@@ -101,7 +101,12 @@ class DeepseekR1Attention(nn.Module):
         """
         query, key, value, routing = self.project(hidden_states, position_embeddings)
         if layout is None:
-            output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
+            self._check_engine()
+            # Looked up and called right here: vLLM reads this method's source to find the layers that it serves.
+            interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            mask = attention_mask[self.layer_type] if isinstance(attention_mask, dict) else attention_mask
+            options = {"dropout": 0.0, "sliding_window": self.pattern.window, **kwargs}
+            output, weights = interface(self, query, key, value, mask, scaling=self.scaling, **options)
         else:
             output, weights = self._own_attention(query, key, value, layout, past_key_values, routing)
             output = output.transpose(1, 2)
@@ -171,7 +176,7 @@ class DeepseekR1Attention(nn.Module):
         remote = remote_keys(self.pattern, routing.query_clusters, routing.key_clusters, *places)
         return attention_reference(query, key, value, visible, self.scaling, dropout, remote, routing.log_gate[..., None])
 
-    def _engine_attention(self, query, key, value, attention_mask, **kwargs):
+    def _check_engine(self) -> None:
         own = self.router is not None or self.global_tokens is not None
         if self.pattern.num_sink_tokens or own:
             what = f"is {self.layer_type}" if own else f"has {self.pattern.num_sink_tokens} sink tokens"
@@ -179,8 +184,3 @@ class DeepseekR1Attention(nn.Module):
                 f"layer {self.layer_idx} {what}, which attention implementation"
                 f" {self.config._attn_implementation!r} does not know; it serves full_attention and plain sliding_attention layers"
             )
-        implementation = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        mask = attention_mask[self.layer_type] if isinstance(attention_mask, dict) else attention_mask
-        return implementation(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, sliding_window=self.pattern.window, **kwargs
-        )

@@ -13,7 +13,7 @@ __all__ = [
     "EmbeddingEvaluator",
     "HierarchicalCandidates",
     "PromptCandidates",
-    "SegmentedCache",
     "RewardEvaluator",
+    "SegmentedCache",
     "generate_candidates",
 ]
