@@ -9,6 +9,7 @@ piecewise rotation are chosen on another text. Times are CPU seconds of one thre
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def measure(label: str, ids: torch.Tensor, segments: list | None) -> dict:
     found = {**taken, "perplexity": perplexity(losses), "beyond": perplexity(beyond), "last": perplexity(losses[-4096:])}
     print(f"{label}: {', '.join(f'{name} {value:.3f}' for name, value in found.items())}", flush=True)
     return {**found, "block_losses_beyond": blocks, "rope_parameters": rope}
+
+
+def table(result: dict) -> str:
+    """Rows: ways to read a document of twice the trained length; columns: perplexity, and time beside plain reading."""
+    cells, settings = result["variants"], result["settings"]
+    scaled = min((label for label in SCALED if label in cells), key=lambda x: cells[x]["beyond"])
+    lines = [f"| | perplexity | beyond token {settings['trained']:,} | beside `{scaled}` there | last 4,096 | time |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for label, cell in cells.items():
+        pairs = zip(cell["block_losses_beyond"], cells[scaled]["block_losses_beyond"], strict=True)
+        differences = [one - other for one, other in pairs]
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        beside = f"{cell['beyond'] / cells[scaled]['beyond'] - 1:+.1%} ± {error:.1%}" if label != scaled else ""
+        beside = beside if not label.startswith("balanced") else ""
+        time = f"{cell['cpu_seconds']:.0f} s · {cell['cpu_seconds'] / cells[scaled]['cpu_seconds']:.2f}x"
+        lines.append(f"| {label} | {cell['perplexity']:.2f} | {cell['beyond']:.2f} | {beside} | {cell['last']:.2f} | {time} |")
+    segments = cells.get("piecewise", {}).get("rope_parameters", {}).get("segments")
+    return "\n".join(lines) + (
+        f"\n\nOne document of {settings['tokens']:,} tokens, read at once; the error is that of blocks of {settings['block']} tokens of"
+        f" it. Time: seconds of one thread.{f' Piecewise: {segments}, chosen on another text.' if segments else ''}\n"
+    )
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="show the model a picture; may be repeated"
     )
+    segment_help = "for texts longer than the model was trained for: in segments of so many tokens, half of which overlap"
+    parser.add_argument("--segment-length", type=int, metavar="N", help=segment_help)
     parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="let it hear a WAV file; may be repeated")
 
 
@@ -51,6 +53,10 @@ def run(args: argparse.Namespace) -> None:
     from ..tokenization import encode_prompt
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.segment_length is not None:
+        from ..attention.segments import SegmentedCache
+
+        options["past_key_values"] = SegmentedCache(model.config, args.segment_length)
     if args.image or args.audio:
         model.generate(**_joined_inputs(args, prompt).to(model.device), streamer=streamer, **options)
         return

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
+from modeling_deepseek_r1.evaluation import document_losses
 from modeling_deepseek_r1.generation import SegmentedCache
 from tests.models import random_ids, tiny_config, tiny_model
 
@@ -149,3 +150,15 @@ def test_what_segments_cannot_do_is_refused():
     read(model, ids, cache)
     with pytest.raises(RuntimeError, match="further segment"):
         cache.crop(-1)
+
+
+def test_losses_of_a_document():
+    model, ids = tiny_model("mixed"), random_ids(1, 60)[0]
+    for cache, beside in ((None, None), (segments(model), segments(model))):
+        logits = read(model, ids[None], beside)[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        assert_equal(document_losses(model, ids, cache, positions_per_chunk=7), expected)
+    with pytest.raises(ValueError, match="the cache holds 60 tokens already"):
+        document_losses(model, ids, cache)
+    with pytest.raises(ValueError, match=r"must be \[tokens\]"):
+        document_losses(model, ids[None])
