@@ -8,6 +8,7 @@ bfloat16 two likeliest tokens may be equal up to rounding: a text may then go an
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -60,9 +61,18 @@ def texts_of_vllm(checkpoint: Path, prompts: list[list[int]], tokens: int, dtype
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def prompts_for(checkpoint: Path) -> list[list[int]]:
+def compare(checkpoint: Path, tokens: int, dtype: str) -> int:
+    """Number of texts that differ."""
     size, generator = AutoConfig.from_pretrained(checkpoint).vocab_size, torch.Generator().manual_seed(1)
-    return [torch.randint(3, size, (length,), generator=generator).tolist() for length in (80, 7, 131)]
+    prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (80, 7, 131)]
+    # First: where vLLM has loaded a model, its class makes no others.
+    expected = texts_of_generate(checkpoint, prompts, tokens, getattr(torch, dtype))
+    differing = 0
+    for mine, theirs in zip(texts_of_vllm(checkpoint, prompts, tokens, dtype), expected, strict=True):
+        same = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), tokens)
+        differing += same < tokens
+        print(f"{checkpoint.name} ({dtype}): {same} of {tokens} tokens are the same", flush=True)
+    return differing
 
 
 def main() -> int:
@@ -72,18 +82,14 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, default=24)
     args = parser.parse_args()
-    differing, tokens = 0, args.tokens
+    if len(args.checkpoints) == 1:
+        differing = compare(args.checkpoints[0], args.tokens, args.dtype)
+        return 1 if differing and args.dtype == "float32" else 0
+    options = ["--dtype", args.dtype, "--tokens", str(args.tokens)]
     with tempfile.TemporaryDirectory() as folder:
-        prompts = {x: prompts_for(x) for x in args.checkpoints or tiny_checkpoints(Path(folder), args.models)}
-        # All of these first: in a process in which vLLM has loaded a model, its class makes no others.
-        expected = {x: texts_of_generate(x, given, tokens, getattr(torch, args.dtype)) for x, given in prompts.items()}
-        for checkpoint, given in prompts.items():
-            pairs = zip(texts_of_vllm(checkpoint, given, tokens, args.dtype), expected[checkpoint], strict=True)
-            for mine, theirs in pairs:
-                same = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), tokens)
-                differing += same < tokens
-                print(f"{checkpoint.name} ({args.dtype}): {same} of {tokens} tokens are the same", flush=True)
-    return 1 if differing and args.dtype == "float32" else 0
+        checkpoints = args.checkpoints or tiny_checkpoints(Path(folder), args.models)
+        # Each in a process of its own: vLLM's groups of processes are made for one model.
+        return max(subprocess.run([sys.executable, __file__, str(x), *options]).returncode for x in checkpoints)
 
 
 if __name__ == "__main__":
