@@ -109,6 +109,8 @@ def test_generate_command(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().out == first
     assert main([*arguments, "--prompt", "w5 w6", "--segment-length", "40"]) == 0
     assert capsys.readouterr().out == first
+    assert main([*arguments, "--prompt", "w5 w6", "--segment-length", "13"]) == 1
+    assert "the largest window (7)" in capsys.readouterr().err
     sampled = ["generate", checkpoint, "--prompt", "w5", "--max-new-tokens", "30", "--temperature", "2", "--seed"]
     texts = []
     for seed in ("1", "1", "2"):
@@ -132,7 +134,6 @@ def test_chat_command(checkpoint, capsys, monkeypatch):
         (["--temperature", "-1"], "--temperature -1.0 must be 0"),
         (["--top-p", "1.5"], r"--top-p 1.5 must lie in (0, 1]"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-        (["--segment-length", "13"], "the largest window (7)"),
     ],
 )
 def test_generate_refuses_nonsense_in_one_line(checkpoint, arguments, message, capsys):
