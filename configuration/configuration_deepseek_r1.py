@@ -332,7 +332,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
         segments = rope_parameters.get("segments")
         pairs = isinstance(segments, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in segments)
         starts, bases = ([pair[i] for pair in segments] for i in range(2)) if pairs else ([], [])
-        numbers = all(type(x) is int for x in starts) and all(type(x) in (int, float) and x > 0 for x in bases)
+        numbers = all(type(x) is int for x in starts) and all(type(x) in (int, float) and 0 < x < float("inf") for x in bases)
         if not (starts and numbers and starts[0] == 0 and starts == sorted(set(starts))):
             raise ValueError(
                 f"rope_parameters['segments']={segments!r} must be pairs [first position, base] with positions that begin at 0 and"

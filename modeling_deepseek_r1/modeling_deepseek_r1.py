@@ -23,8 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import adopt_cache
+from .attention.engines import check_pages, check_vllm
 from .attention.flash import flash_kernel
-from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, check_pages, layer_pattern
+from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import rotary_embedding
@@ -113,6 +114,8 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
 
     def __init__(self, config: DeepseekR1TextConfig):
         super().__init__(config)
+        if config._attn_implementation == "vllm":
+            check_vllm(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -162,25 +165,30 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
-        self._check_tokens(inputs, input_ids is not None)
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        output_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         kwargs["mm_token_type_ids"] = None if mm_token_type_ids is None else mm_token_type_ids[:, -inputs.shape[1] :]
         if self.config._attn_implementation not in OWN_IMPLEMENTATIONS or kwargs.get("cache") is not None:
             return self._forward_for_engine(inputs, position_ids, attention_mask, output_router_logits, **kwargs)
+        self._check_tokens(inputs, input_ids is not None)
         use_cache = cacheable(self.config, past_key_values) and use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if past_key_values is not None:
             adopt_cache(past_key_values, len(self.layers), self.make_cache_layer, inputs.device)
-        layout, position_ids = forward_layout(past_key_values, inputs, attention_mask, position_ids, seq_idx, self.config)
-        position_ids = position_ids.to(inputs.device)
-        hidden_states, routed = self._run(inputs, layout, position_ids, past_key_values, output_router_logits, **kwargs)
-        close_cache(past_key_values)
+        read = getattr(past_key_values, "read_segments", DeepseekR1TextModel.read)
+        place = attention_mask, position_ids, seq_idx, past_key_values, output_router_logits
+        hidden_states, routed = read(self, inputs, *place, **kwargs)
         # Without gradients nothing is trained: a Trainer generates in this mode, and asks for a reference.
         if routed and self.training and torch.is_grad_enabled():
             gather_statistics(self.routers, routed, real_tokens(attention_mask, len(routed[0].logits)))
         return self._output(hidden_states, routed, output_router_logits, past_key_values if use_cache else None)
+
+    def read(self, inputs, attention_mask, position_ids, seq_idx, past_key_values, output_router_logits, **kwargs):
+        """The last hidden states `[B, n, hidden]` of new tokens, and what the routers chose."""
+        layout, position_ids = forward_layout(past_key_values, inputs, attention_mask, position_ids, seq_idx, self.config)
+        result = self._run(inputs, layout, position_ids.to(inputs.device), past_key_values, output_router_logits, **kwargs)
+        close_cache(past_key_values)
+        return result
 
     @property
     def routers(self) -> list[nn.Module]:
@@ -203,9 +211,8 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
             raise ValueError(f"the input has shape {list(inputs.shape)}: there is no token to run the model on")
         # On an accelerator this would wait for the device at every step; compiled code cannot raise.
-        if torch.compiler.is_compiling():
-            return
-        if are_ids and inputs.device.type == "cpu" and (int(inputs.min()) < 0 or int(inputs.max()) >= self.config.vocab_size):
+        checked = are_ids and inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and (int(inputs.min()) < 0 or int(inputs.max()) >= self.config.vocab_size):
             wrong = inputs[(inputs < 0) | (inputs >= self.config.vocab_size)][0]
             raise ValueError(f"token id {int(wrong)} is outside of the vocabulary (0 ... {self.config.vocab_size - 1})")
 
@@ -218,8 +225,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
             kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs
         )
         whole = past_key_values is None or torch.is_grad_enabled() or records or not 0 < chunk < length
-        whole = whole or isinstance(layout, StaticLayout)
-        if whole or self.config._attn_implementation == "eager":
+        if whole or isinstance(layout, StaticLayout) or self.config._attn_implementation == "eager":
             return self._run_layers(self._embed(inputs), layout, embeddings, past_key_values, **kwargs)
         for layer in (layer.open_layer for layer in past_key_values.layers):
             layer.reserve = max(layer.reserve, 0 if layer.is_sliding else layer.seen + length)
@@ -363,7 +369,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
-        check_pages(self.config.get_text_config(), self.model.patterns)
+        check_pages(self.config.get_text_config(), "generate_batch()")
         return super().init_continuous_batching(*args, **kwargs)
 
 

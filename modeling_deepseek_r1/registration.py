@@ -48,3 +48,14 @@ def register() -> None:
         for auto_class, model_class in classes.items():
             auto_class.register(config, model_class, exist_ok=True)
     AutoProcessor.register(DeepseekR1Config, DeepseekR1Processor, exist_ok=True)
+
+
+def register_vllm() -> None:
+    """What vLLM calls in each of its processes (entry point `vllm.general_plugins`): checkpoints run on its Transformers backend,
+    which looks for a model's class among the names of transformers itself. Patterns that it cannot serve are refused when the
+    model is made (`attention/engines.py`)."""
+    # Not `import transformers`: that package runs twice, and vLLM may hold the first module.
+    from vllm.model_executor.models import registry
+
+    register()
+    setattr(registry.transformers, DeepseekR1ForCausalLM.__name__, DeepseekR1ForCausalLM)

@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from benchmark_long_documents import table as long_documents
+
 from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
 from modeling_deepseek_r1.evaluation import markdown_table, plot
 
@@ -35,6 +37,7 @@ COMMANDS = {
     "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
+    "smollm2_long_documents": "benchmark_long_documents.py",
     "smollm2_retrieval": "benchmark_model.py retrieval --dtype bfloat16",
     "smollm2_serving": "benchmark_serving.py",
 }
@@ -369,6 +372,7 @@ def _difference(models: dict, name: str, first: str, second: str) -> tuple[float
 
 
 TABLES = {
+    "smollm2_long_documents": long_documents,
     "dynamic_k": dynamic_table,
     "multimodal": multimodal_table,
     "progressive_sparsity": progressive_table,
@@ -402,18 +406,16 @@ def preset_rows() -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with everything between its markers made anew.
-
-    Raises:
-        FileNotFoundError: a table whose result is missing.
-    """
+    """The page with everything between its markers made anew; of a result that is missing it says so."""
 
     def replace(match: re.Match) -> str:
         name = match["name"]
         if name is None:
             return f"{match[1]}{preset_rows()}{match[4]}"
-        result = json.loads(Path("results", f"{name}.json").read_text())
-        table = TABLES.get(name, markdown_table)(result)
+        file = Path("results", f"{name}.json")
+        table = "Not measured yet.\n"
+        if file.exists():
+            table = TABLES.get(name, markdown_table)(json.loads(file.read_text()))
         command = COMMANDS.get(name, f"benchmark_model.py {name.removeprefix('smollm2_')}")
         return f"{match[1]}{table}\n`python scripts/{command}`\n{match[4]}"
 

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_deepseek_r1.cli import main
-from modeling_deepseek_r1.generation import Conversation
-from modeling_deepseek_r1.tokenization import encode_prompt
+from modeling_deepseek_r1.generation import Conversation, SegmentedCache
+from modeling_deepseek_r1.tokenization import encode_messages, encode_prompt
 from tests.models import tiny_model
 
 TEMPLATE = (
@@ -52,6 +52,21 @@ def test_turns_equal_a_conversation_without_a_cache():
     assert conversation.messages == []
 
 
+def test_a_conversation_goes_on_over_segments():
+    model, tokenizer = tiny_model("mixed"), word_tokenizer()
+
+    def make_cache():
+        return SegmentedCache(model.config, 32)
+
+    conversation = Conversation(model, tokenizer, {"max_new_tokens": 9, "do_sample": False}, make_cache=make_cache)
+    for turn in ("w5 w6 w7 w8", "w9 w10", "w11 w12 w13"):
+        messages = [*conversation.messages, {"role": "user", "content": turn}]
+        ids = encode_messages(tokenizer, messages)
+        expected = model.generate(ids, past_key_values=make_cache(), max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+        assert conversation.say(turn) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert ids.shape[1] > 32
+
+
 def test_a_template_that_rewrites_history_is_answered_rightly():
     model = tiny_model("mixed")
     tokenizer = word_tokenizer(TEMPLATE.replace("m['content']", "(m['content'] if loop.last else 'w1')"))
@@ -92,6 +107,10 @@ def test_generate_command(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("w5 w6"))
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
+    assert main([*arguments, "--prompt", "w5 w6", "--segment-length", "40"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--prompt", "w5 w6", "--segment-length", "13"]) == 1
+    assert "the largest window (7)" in capsys.readouterr().err
     sampled = ["generate", checkpoint, "--prompt", "w5", "--max-new-tokens", "30", "--temperature", "2", "--seed"]
     texts = []
     for seed in ("1", "1", "2"):

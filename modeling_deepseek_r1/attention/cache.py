@@ -223,13 +223,45 @@ class PatternLayer(DynamicLayer):
         return torch.cat((torch.arange(head, device=device), tail)).expand(batch_size, -1)
 
     def _drop_irregular(self) -> None:
-        kept = self.pattern.kept(self.positions, self.next_positions)
+        self._keep(self.pattern.kept(self.positions, self.next_positions))
+
+    def _keep(self, kept: torch.Tensor) -> None:
+        """Drops the keys that are not in `kept` `[B, K]`; rows that keep fewer have empty slots at the end."""
         count = int(kept.sum(1).max())
         order = (~kept).long().argsort(dim=1, stable=True)[:, :count]
         index = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, -1)
         self.keys = self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3]))
         self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3]))
         self.positions = self.positions.masked_fill(~kept, -1).gather(1, order)
+
+    def take_out(self, first: int, count: int | torch.Tensor, turn: Callable[..., torch.Tensor] | None = None) -> None:
+        """Drops the keys at positions `first <= j < first + count`, as if these tokens had never been: later ones move up.
+
+        Args:
+            first: at least the number of sink tokens; the last tokens that stay must fill the window.
+            count: tokens to take out of every row, or `[B, 1]` where rows differ, as with padding; 0 = none.
+            turn: `turn(keys, positions, count)` gives keys the rotation of `positions - count`; None = they keep theirs.
+        """
+        if self.positions is not None:
+            behind = self.positions >= first + count
+            if turn is not None:
+                turned = turn(self.keys, self.positions.clamp(min=0), count)
+                self.keys = torch.where((behind & (count > 0))[:, None, :, None], turned, self.keys)
+            kept = (self.positions >= 0) & (behind | (self.positions < first))
+            self.positions = torch.where(behind, self.positions - count, self.positions)
+            self.next_positions = self.next_positions - count
+            self._keep(kept)
+            return
+        held, behind = self.keys.shape[2], self.seen - first - count
+        head = first if held == self.seen else self.pattern.num_sink_tokens
+        tail = min(held - head, behind)
+        keys, positions = self.keys[:, :, held - tail :], torch.arange(self.seen - tail, self.seen, device=self.keys.device)
+        keys = keys if turn is None else turn(keys, positions[None], count)
+        self.keys = torch.cat((self.keys[:, :, :head], keys), 2)
+        self.values = torch.cat((self.values[:, :, :head], self.values[:, :, held - tail :]), 2)
+        self.seen -= count
+        for store in self._stores:
+            store.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens (a negative number, or 0 to only drop what is out of reach).

@@ -76,19 +76,6 @@ def cacheable(config, past) -> bool:
     return not config.use_bidirectional_attention
 
 
-def check_pages(config, patterns: list[AttentionPattern]) -> None:
-    """Raises ValueError for patterns that continuous batching cannot keep in its pages."""
-    own = sorted({kind for kind in config.layer_types if kind.startswith("local_")})
-    sinks = sorted({pattern.num_sink_tokens for pattern in patterns if pattern.num_sink_tokens})
-    windows = sorted({pattern.window for pattern in patterns if pattern.window is not None})
-    if own or sinks or len(windows) > 1:
-        what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
-        raise ValueError(
-            f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
-            " Use generate(), or convert the checkpoint without them"
-        )
-
-
 class DeepseekR1Attention(nn.Module):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the keys of the layer's pattern.
 
@@ -143,7 +130,12 @@ class DeepseekR1Attention(nn.Module):
         """
         query, key, value, routing = self.project(hidden_states, position_embeddings)
         if layout is None:
-            output, weights = self._engine_attention(query, key, value, attention_mask, **kwargs)
+            self._check_engine()
+            # Looked up and called right here: vLLM reads this method's source to find the layers that it serves.
+            interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            mask = attention_mask[self.layer_type] if isinstance(attention_mask, dict) else attention_mask
+            options = {"dropout": 0.0, "sliding_window": self.pattern.window, **kwargs}
+            output, weights = interface(self, query, key, value, mask, scaling=self.scaling, **options)
         else:
             wanted = kwargs.get("output_attentions") or self.config.output_attentions
             output, weights = self._own_attention(query, key, value, layout, past_key_values, routing, wanted)
@@ -222,7 +214,7 @@ class DeepseekR1Attention(nn.Module):
             outputs.append(routed_step(*states, *remote, routing.log_gate[:, :, one], self.pattern, self.scaling))
         return torch.cat(outputs, 2)
 
-    def _engine_attention(self, query, key, value, attention_mask, **kwargs):
+    def _check_engine(self) -> None:
         own = self.router is not None or self.global_tokens is not None
         if self.pattern.num_sink_tokens or own or not self.pattern.causal:
             what = f"is {self.layer_type}" if own else f"has {self.pattern.num_sink_tokens} sink tokens"
@@ -231,8 +223,3 @@ class DeepseekR1Attention(nn.Module):
                 f"layer {self.layer_idx} {what}, which attention implementation"
                 f" {self.config._attn_implementation!r} does not know; it serves full_attention and plain sliding_attention layers"
             )
-        implementation = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        mask = attention_mask[self.layer_type] if isinstance(attention_mask, dict) else attention_mask
-        return implementation(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, sliding_window=self.pattern.window, **kwargs
-        )

@@ -59,6 +59,19 @@ class GlobalLayer(PatternLayer):
         self.positions = positions
         return self.keys.shape[2]
 
+    def take_out(self, first: int, count: int | torch.Tensor, turn=None) -> None:
+        """As in `PatternLayer`; `count` must be a multiple of the stride, so that nodes stay nodes."""
+        if self.nodes is not None:
+            before, after = self._num_nodes(first), self._num_nodes(first + count)
+            keys, values = (x[:, :, after:] for x in self.nodes)
+            numbers = torch.arange(after, after + keys.shape[2], device=keys.device)
+            positions = self.pattern.first_node + self.pattern.global_stride * numbers
+            keys = keys if turn is None else turn(keys, positions[None], count)
+            self.nodes = tuple(torch.cat((x[:, :, :before], y), 2) for x, y in zip(self.nodes, (keys, values), strict=True))
+            for store in self._node_stores:
+                store.clear()
+        super().take_out(first, count, turn)
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if self.nodes is not None:

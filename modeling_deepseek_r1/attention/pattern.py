@@ -264,7 +264,7 @@ class AttentionLayout:
         Raises:
             ValueError: a mask or index whose shape does not fit.
         """
-        valid = _valid_tokens(attention_mask, batch_size, num_queries, past)
+        valid = valid_tokens(attention_mask, batch_size, num_queries, past)
         if valid is not None and not cached and bool((valid[:, :-1] >= valid[:, 1:]).all()):
             valid = None
         starts = _document_starts(batch_size, num_queries, past, position_ids, seq_idx, attention_mask is not None)
@@ -342,7 +342,7 @@ class AttentionLayout:
         return [RowGroup(rows, past_length, current, runs) for (past_length, current, runs), rows in groups.items()]
 
 
-def _valid_tokens(attention_mask: torch.Tensor | None, batch_size: int, num_queries: int, past: int) -> torch.Tensor | None:
+def valid_tokens(attention_mask: torch.Tensor | None, batch_size: int, num_queries: int, past: int) -> torch.Tensor | None:
     """`[B, Q]` bool, or None where there is no padding among the new tokens."""
     if attention_mask is None:
         return None

@@ -88,3 +88,14 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Rotates `[B, heads, n, D]` by the angles of `[B, n, D]`; coordinate d is paired with d + D / 2, as in Llama."""
     first, second = states.chunk(2, dim=-1)
     return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def moved_up(rotary: nn.Module, keys: torch.Tensor, positions: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Keys `[B, G, n, D]` that `rotary` has turned for `positions` `[B or 1, n]`, turned for `positions - count` instead; `count` is
+    a number or `[B, 1]`. Right for frequencies that do not change with the length; computed in float32."""
+    like = torch.empty(0, device=keys.device)
+    (cos, sin), (new_cos, new_sin) = rotary(like, positions), rotary(like, positions - count)
+    # Some types scale cosine and sine, which the keys have already been.
+    scale = cos.square() + sin.square()
+    turn = (new_cos * cos + new_sin * sin) / scale, (new_sin * cos - new_cos * sin) / scale
+    return rotate(keys.float(), *turn).to(keys.dtype)

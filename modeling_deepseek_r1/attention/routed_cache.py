@@ -43,6 +43,18 @@ class RoutedLayer(PatternLayer):
             self.clusters = self._cluster_store.append(self.clusters, new, self.reserve)
         return super().update(key_states, value_states, *args, layout=layout, **kwargs)
 
+    def _keep(self, kept: torch.Tensor) -> None:
+        order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+        self.clusters = self.clusters.gather(2, order[:, None, :, None].expand(-1, self.clusters.shape[1], -1, -1))
+        super()._keep(kept)
+
+    def take_out(self, first: int, count: int | torch.Tensor, turn=None) -> None:
+        if self.positions is None:
+            self.clusters = torch.cat((self.clusters[:, :, :first], self.clusters[:, :, first + count :]), 2)
+        self.lists = None
+        self._cluster_store.clear()
+        super().take_out(first, count, turn)
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove and self.clusters is not None:

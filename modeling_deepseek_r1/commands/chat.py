@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from functools import partial
 
-from .generate import add_model_arguments, generation_options, load
+from .generate import add_model_arguments, generation_options, load, new_cache
 
 HELP = "/reset starts anew, /exit or end of input ends"
 
@@ -26,7 +27,11 @@ def run(args: argparse.Namespace) -> None:
     from ..generation import Conversation
 
     system = [{"role": "system", "content": args.system}] if args.system else []
-    conversation = Conversation(model, tokenizer, options, system)
+    make_cache = None
+    if args.segment_length is not None:
+        new_cache(args, model)  # refuses what is impossible before the first question
+        make_cache = partial(new_cache, args, model)
+    conversation = Conversation(model, tokenizer, options, system, make_cache)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -21,6 +21,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
     )
+    segment_help = "for texts longer than the model was trained for: in segments of so many tokens, half of which overlap"
+    parser.add_argument("--segment-length", type=int, metavar="N", help=segment_help)
     memory_help = "hold at most so much of the experts in memory and read the others when needed, in the checkpoint's dtype"
     parser.add_argument("--expert-memory", type=float, metavar="MB", help=memory_help)
 
@@ -51,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
     from ..tokenization import encode_prompt
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.segment_length is not None:
+        options["past_key_values"] = new_cache(args, model)
     if args.image or args.audio:
         model.generate(**_joined_inputs(args, prompt).to(model.device), streamer=streamer, **options)
         return
@@ -88,6 +92,13 @@ def load(args: argparse.Namespace):
 
         return offload_experts(args.checkpoint, int(args.expert_memory * 1e6)), load_tokenizer(args.checkpoint)
     return load_model(args.checkpoint, DTYPES[args.dtype]), load_tokenizer(args.checkpoint)
+
+
+def new_cache(args: argparse.Namespace, model):
+    """An empty cache for `--segment-length`; ValueError if segments of that length do not fit the model."""
+    from ..generation import SegmentedCache
+
+    return SegmentedCache(model.config, args.segment_length)
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from .domains import DomainResult, ExpertLayer, measure_domains
 from .drift import DriftResult, kl_drift
 from .loading import DTYPES, load_model, load_tokenizer
+from .long_documents import document_losses
 from .memory import MemoryCell, MemoryResult, measure_memory
 from .perplexity import PerplexityResult, PositionBucket, perplexity
 from .report import FORMAT_VERSION, check_plot, environment, markdown_table, plot, read_report, write_report
@@ -27,6 +28,7 @@ __all__ = [
     "SpeedResult",
     "cache_bytes",
     "check_plot",
+    "document_losses",
     "encode_text",
     "environment",
     "kl_drift",

@@ -1,5 +1,6 @@
 """Generation beyond a plain `model.generate()`."""
 
+from ..attention.segments import SegmentedCache
 from .candidates import CandidateOutput, HierarchicalCandidates, generate_candidates
 from .conversation import Conversation
 from .evaluators import EmbeddingEvaluator, RewardEvaluator
@@ -13,5 +14,6 @@ __all__ = [
     "HierarchicalCandidates",
     "PromptCandidates",
     "RewardEvaluator",
+    "SegmentedCache",
     "generate_candidates",
 ]

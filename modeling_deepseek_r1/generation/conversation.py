@@ -1,10 +1,11 @@
 """Conversations that keep their cache between the turns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import Cache, DynamicCache, TextStreamer
 
 from ..tokenization.prompts import encode_messages
 
@@ -17,13 +18,15 @@ class Conversation:
         model, tokenizer: a causal language model and its tokenizer, with a chat template.
         options: arguments for `generate()`.
         messages: the turns so far, `{"role": ..., "content": ...}`.
+        make_cache: makes an empty cache, e.g. a `SegmentedCache` for conversations beyond the trained length.
     """
 
     model: Any
     tokenizer: Any
     options: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
-    _cache: DynamicCache | None = None
+    make_cache: Callable[[], Cache] | None = None
+    _cache: Cache | None = None
     _cached_ids: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -43,7 +46,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = encode_messages(self.tokenizer, messages).to(self.model.device)
         if not self._continues(ids):
-            self._cache = DynamicCache(config=self.model.config)
+            self._cache = self.make_cache() if self.make_cache else DynamicCache(config=self.model.config)
         cache, self._cache = self._cache, None  # an interrupted turn leaves no half-filled cache behind
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=streamer, **self.options

@@ -23,9 +23,7 @@ class DeepseekR1MLP(nn.Module):
         self.register_module("task_gate", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return self.down_proj(self._gated(self.act_fn(self.gate_proj(x)) * self.up_proj(x), x))
-        if not 0 < self.chunk_size < x.shape[-2]:
+        if torch.is_grad_enabled() or not 0 < self.chunk_size < x.shape[-2]:
             return self._product(x)
         output = torch.empty_like(x)
         for start in range(0, x.shape[-2], self.chunk_size):
@@ -33,7 +31,10 @@ class DeepseekR1MLP(nn.Module):
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self._gated(self.act_fn(self.gate_proj(x)).mul_(self.up_proj(x)), x))
+        # Not in `forward`: vLLM would rewrite that method's source around fused weights, and not the one for chunks.
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        product = gate * up if torch.is_grad_enabled() else gate.mul_(up)
+        return self.down_proj(self._gated(product, x))
 
     def _gated(self, product: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return product if self.task_gate is None else self.task_gate(product, x)

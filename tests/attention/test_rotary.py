@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_deepseek_r1.attention.rotary import DeepseekR1RotaryEmbedding, PiecewiseLinearRotaryEmbedding, rotary_embedding
 from modeling_deepseek_r1.conversion import to_dense
@@ -43,6 +44,42 @@ def test_one_segment_is_plain_rotation():
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.5] * 4,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_other_types_are_those_of_transformers_bit_for_bit(parameters):
+    parameters = {"rope_theta": 1e4, **parameters}
+    mine = DeepseekR1RotaryEmbedding(tiny_config("full", rope_parameters=parameters))
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 8, "max_position_embeddings": 256}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=parameters, **sizes))
+    # Up to the limit, beyond it, and back.
+    for length in (256, 700, 40):
+        positions, like = torch.arange(length)[None], torch.empty(0, dtype=torch.bfloat16)
+        for one, other in zip(mine(like, positions), theirs(like, positions), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_models_save_load_and_decode_with_it(tmp_path):
     model = tiny_model("mixed", **piecewise(SEGMENTS, per_layer_config={1: piecewise([[0, 50.0]])}))
     model.save_pretrained(tmp_path)
@@ -55,13 +92,16 @@ def test_models_save_load_and_decode_with_it(tmp_path):
     rest = model(ids[:, 20:], past_key_values=parts.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat((parts.logits, rest), 1), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tiny_model("mixed")(ids).logits, expected, atol=1e-3)
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path, per_layer_config=None, **piecewise([[0, 77.0]]))
+    assert changed.config.rope_parameters["segments"] == [[0, 77.0]]
     tiny_model("full", **piecewise(SEGMENTS)).save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="rope_type='piecewise_linear'"):
         to_dense(tmp_path / "full", tmp_path / "dense")
 
 
 @pytest.mark.parametrize(
-    "segments", [None, [], [[1, 1e4]], [[0, 1e4], [0, 1e5]], [[0, -1.0]], [[0.0, 1e4]], [[0, 1e4, 2]], [0, 1e4]]
+    "segments",
+    [None, [], [[1, 1e4]], [[0, 1e4], [0, 1e5]], [[0, -1.0]], [[0, float("inf")]], [[0.0, 1e4]], [[0, 1e4, 2]], [0, 1e4]],
 )
 def test_impossible_segments_are_refused(segments):
     with pytest.raises((ValueError, StrictDataclassError), match="must be pairs"):
