@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "answer requests over HTTP, in the form of OpenAI's API",
     "evaluate": "measure quality, speed and memory of a checkpoint",
     "report": "show what a model does with a text, token by token, as one HTML page",
+    "quantize": "write a checkpoint whose weights have 8 or 4 bits",
     "export": "write a checkpoint that loads without this package installed (trust_remote_code)",
 }
 """Subcommand -> its line in `deepseek-r1 --help`."""

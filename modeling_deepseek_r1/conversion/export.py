@@ -121,7 +121,7 @@ def export_checkpoint(
     limit = convert_file_size_to_int(max_shard_size)
     travelling = CODE[config["model_type"]]
     code = flatten_modules(Path(__file__).parents[1], PACKAGE, travelling.entries)
-    accompanying = _accompanying_files(source)
+    accompanying = accompanying_files(source)
 
     notes = clean_leftovers(destination)
     with atomic_folder(destination, sum((source / name).stat().st_size for name in [*weights, *accompanying])) as folder:
@@ -203,7 +203,7 @@ def _read_tensors(source: Path, weights: list[str]) -> dict:
     return tensors
 
 
-def _accompanying_files(source: Path) -> list[str]:
+def accompanying_files(source: Path) -> list[str]:
     candidates = [*source.iterdir(), *(path for name in COPIED_FOLDERS for path in (source / name).glob("*"))]
     return sorted(
         path.relative_to(source).as_posix()

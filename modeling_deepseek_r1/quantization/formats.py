@@ -98,7 +98,9 @@ def fit_grid(weight: torch.Tensor, format: Format, importance: torch.Tensor | No
     for shrink in _SHRINKS:
         tried = _grid(groups, format, shrink)
         codes = _round(groups, tried.scales[..., None], _last(tried.zeros), format)
-        error = (_values(codes, tried.scales[..., None], _last(tried.zeros), torch.float32) - groups).square_().mul_(cost).sum(-1)
+        error = (
+            (_values(codes, tried.scales[..., None], _last(tried.zeros), torch.float32) - groups).square_().mul_(cost).sum(-1)
+        )
         if least is None:
             least = error
             continue

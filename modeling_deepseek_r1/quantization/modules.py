@@ -152,6 +152,24 @@ class QuantizedEmbedding(PackedMatrices, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
 
 
+class QuantizedHead(nn.Linear):
+    """A head without anything of its own, which multiplies with the embedding that it is tied to."""
+
+    def __init__(self, embedding: QuantizedEmbedding):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = embedding.embedding_dim, embedding.num_embeddings, None
+        self._embedding = (embedding,)  # in a tuple: it is a part of the model once
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What is stored, see `PackedMatrices`."""
+        return self._embedding[0].weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = self._embedding[0].product(input.flatten(0, -2))
+        return output.view(*input.shape[:-1], self.out_features)
+
+
 class QuantizedExperts(nn.Module):
     """`DeepseekR1Experts` whose matrices are stored.
 

@@ -1,6 +1,6 @@
 """transformers' side: the entry `quantization_config` of a checkpoint, and how `from_pretrained` makes a model of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -16,8 +16,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.experts import DeepseekR1Experts
 from .formats import Format, encode, fit_grid
-from .modules import QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedLowRankExperts, plain_embedding, plain_linear
-from .targets import Target, replace, replace_all, targets, tie_buffers
+from .modules import (
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedHead,
+    QuantizedLinear,
+    QuantizedLowRankExperts,
+    plain_embedding,
+    plain_linear,
+)
+from .targets import Target, replace, replace_all, targets, tie_head
 
 QUANT_METHOD = "deepseek_r1"
 METHODS = ("rtn", "gptq", "awq")
@@ -55,7 +63,9 @@ class DeepseekR1QuantizationConfig(QuantizationConfigMixin):
         if method not in METHODS:
             raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
         if version != FORMAT_VERSION:
-            raise ValueError(f"weights of format version {version} need another release of this library, which reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"weights of format version {version} need another release of this library, which reads {FORMAT_VERSION}"
+            )
         self.bits, self.method, self.version = bits, method, version
         self.embedding_bits = bits if embedding_bits == "same" else embedding_bits
         wants_groups = 4 in (self.bits, self.embedding_bits)
@@ -147,23 +157,27 @@ def rounded_module(target: Target) -> nn.Module:
     return new
 
 
-def round_to_nearest(model: PreTrainedModel, config: DeepseekR1QuantizationConfig) -> None:
+def round_to_nearest(
+    model: PreTrainedModel, config: DeepseekR1QuantizationConfig, make: Callable[[Target], nn.Module] = rounded_module
+) -> None:
     """Quantizes a loaded model in place, one module at a time.
+
+    Args:
+        make: gives what takes the place of a target.
 
     Raises:
         ValueError: as `targets`.
     """
     for target in targets(model, config):
-        # Layers inside of low-rank experts have been replaced, or will be, on their own.
+        # Low-rank experts are a target, and so are the layers inside of them.
         current = Target(target.name, model.get_submodule(target.name), target.format, target.input_scale)
-        replace(model, target.name, rounded_module(current))
+        replace(model, target.name, make(current))
     finish(model, config)
 
 
 def finish(model: PreTrainedModel, config: DeepseekR1QuantizationConfig) -> None:
     """Makes a model with quantized modules one that `save_pretrained` and Trainers take for quantized."""
-    tie_buffers(model)
-    model.tie_weights(recompute_mapping=False)
+    tie_head(model)
     model.config.quantization_config = config
     quantizer = DeepseekR1HfQuantizer(config, pre_quantized=True)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, QUANT_METHOD
@@ -177,7 +191,10 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
             replace(model, name, plain_linear(module, dtype))
         elif isinstance(module, QuantizedEmbedding):
             replace(model, name, plain_embedding(module, dtype))
+        elif isinstance(module, QuantizedHead):
+            replace(model, name, nn.Linear(module.in_features, module.out_features, bias=False, device="meta"))
         elif isinstance(module, (QuantizedExperts, QuantizedLowRankExperts)):
             raise NotImplementedError(f"{name}: experts are not made whole again; keep the checkpoint that was quantized")
-    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k.endswith(".weight")}
+    model._tied_weights_keys = type(model)._tied_weights_keys
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights(recompute_mapping=False)

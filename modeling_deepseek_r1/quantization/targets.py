@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..moe.experts import DeepseekR1Experts, DeepseekR1LowRankExperts
 from .formats import Format
-from .modules import PackedMatrices, QuantizedEmbedding, QuantizedExperts, QuantizedLinear, QuantizedLowRankExperts
+from .modules import QuantizedEmbedding, QuantizedExperts, QuantizedHead, QuantizedLinear, QuantizedLowRankExperts
 
 UNTOUCHED = re.compile(
     r"(^|\.)(router|global_tokens|shared_expert_gate|bridge|fusion|\w*adapter|adapters|task_gate|expert_adapter)(\.|$)"
@@ -96,9 +96,7 @@ def _inside_blocks(model: PreTrainedModel, config) -> list[Target]:
         is_block_part = re.search(r"(^|\.)(layers?|blocks?|h)\.\d+\.", name) is not None
         if not is_block_part or UNTOUCHED.search(name) or name in config.modules_to_not_convert:
             continue
-        if type(module) is nn.Linear:
-            found.append(Target(name, module, config.format, config.input_scales))
-        elif isinstance(module, (DeepseekR1Experts, DeepseekR1LowRankExperts)) and type(module) in REPLACEMENTS:
+        if type(module) in (nn.Linear, DeepseekR1Experts, DeepseekR1LowRankExperts):
             found.append(Target(name, module, config.format, config.input_scales))
     return found
 
@@ -116,18 +114,15 @@ def replace_all(model: PreTrainedModel, config) -> None:
             # A replacement of low-rank experts takes over the layers that are there at that moment.
             replaced = model.get_submodule(target.name)
             replace(model, target.name, Target(target.name, replaced, target.format, target.input_scale).empty())
-    tie_buffers(model)
+    tie_head(model)
 
 
-def tie_buffers(model: PreTrainedModel) -> None:
-    """A tied head shares all that is stored of the embedding, not its weight alone."""
-    for head, embedding in list(model.all_tied_weights_keys.items()):
-        modules = [model.get_submodule(name.rpartition(".")[0]) for name in (head, embedding)]
-        if not all(isinstance(module, PackedMatrices) for module in modules) or not head.endswith(".weight"):
-            continue
-        for buffer in ("scales", "zeros"):
-            if getattr(modules[1], buffer) is not None:
-                names = [name.removesuffix("weight") + buffer for name in (head, embedding)]
-                model.all_tied_weights_keys[names[0]] = names[1]
-                # What a later tie_weights() and save_pretrained go by.
-                model._tied_weights_keys = {**(model._tied_weights_keys or {}), names[0]: names[1]}
+def tie_head(model: PreTrainedModel) -> None:
+    """A tied head gets nothing of its own: it reads the embedding, and transformers has nothing left to tie."""
+    tied = dict(model.all_tied_weights_keys)
+    for head, embedding in model.all_tied_weights_keys.items():
+        name, module = head.rpartition(".")[0], model.get_submodule(embedding.rpartition(".")[0])
+        if isinstance(module, QuantizedEmbedding):
+            replace(model, name, QuantizedHead(module))
+            del tied[head]
+    model.all_tied_weights_keys = model._tied_weights_keys = tied
