@@ -166,6 +166,8 @@ def _read_config(source: Path) -> dict:
             f"{path} has model_type={model_type!r}; only checkpoints of this library ({' or '.join(map(repr, CODE))}) can be exported,"
             " convert it first"
         )
+    if config.get("quantization_config"):
+        raise ValueError(f"{source} is quantized, which takes this package to load; export the checkpoint that it was made of")
     return config
 
 

@@ -50,7 +50,9 @@ class Format:
         """
         *rows, inputs = shape
         if self.bits != 4:
-            return {"weight": (shape, FLOAT8 if self.bits == "fp8" else torch.int8), "scales": ((*rows, 1), torch.float32)}
+            # Bytes: what is not a floating-point tensor nobody casts.
+            dtype = torch.uint8 if self.bits == "fp8" else torch.int8
+            return {"weight": (shape, dtype), "scales": ((*rows, 1), torch.float32)}
         if inputs % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
             raise ValueError(
@@ -162,7 +164,7 @@ def values(codes: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
 def stored(codes: torch.Tensor, grid: Grid, format: Format) -> dict[str, torch.Tensor]:
     """The tensors of `Format.buffers`."""
     if format.bits != 4:
-        return {"weight": codes, "scales": grid.scales}
+        return {"weight": codes.view(torch.uint8) if format.bits == "fp8" else codes, "scales": grid.scales}
     zeros = torch.nn.functional.pad(grid.zeros.to(torch.uint8), (0, grid.zeros.shape[-1] % 2))
     return {"weight": _pack(codes), "scales": grid.scales, "zeros": _pack(zeros)}
 
@@ -170,7 +172,7 @@ def stored(codes: torch.Tensor, grid: Grid, format: Format) -> dict[str, torch.T
 def read(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> tuple[torch.Tensor, Grid]:
     """Codes and grid of stored tensors."""
     if zeros is None:
-        return weight, Grid(scales)
+        return weight.view(FLOAT8) if weight.dtype == torch.uint8 else weight, Grid(scales)
     return _unpack(weight), Grid(scales, _unpack(zeros)[..., : scales.shape[-1]])
 
 
