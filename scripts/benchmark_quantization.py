@@ -109,12 +109,17 @@ def measure(name: str, source: Path, texts: dict, options, cells: dict, save) ->
             continue
         folder, start = MODELS / "quantized", time.perf_counter()
         config = DeepseekR1QuantizationConfig(bits, method, group_size)
-        report = quantize_checkpoint(source, folder, config, texts=[str(texts["calibration"])], overwrite=True)
+        calibration = {
+            "texts": [str(texts["calibration"])],
+            "num_windows": options.calibration_windows,
+            "length": options.tokens,
+        }
+        report = quantize_checkpoint(source, folder, config, overwrite=True, **calibration if method != "rtn" else {})
         seconds = time.perf_counter() - start
         shares = [layer.router_agreement for layer in report.layers if layer.router_agreement is not None]
         cells[variant] = compared(quality(folder, ids, options.windows, options.tokens), cells["float32"]) | {
             "share_of_bfloat16": report.share_of_bfloat16,
-            "output_error": report.layers[-1].output_error,
+            "output_error": report.layers[-1].output_error if report.layers else None,
             "router_agreement": sum(shares) / len(shares) if shares else None,
             "seconds": seconds,
         }
@@ -133,7 +138,7 @@ def sentences(bits) -> dict:
         quantize_model(model, DeepseekR1QuantizationConfig(bits))
     after = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     words = [section.split() for section in standard_library_text("prose").split("\n\n")]
-    words = [section for section in words if len(section) >= 60][:300]
+    words = [section for section in words if len(section) >= 60][:200]
     vectors = []
     for part in (slice(0, 30), slice(30, 60)):
         found = []
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/smollm2_quantization.json"))
     parser.add_argument("--windows", type=int, default=16, help="windows of the held-out text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--calibration-windows", type=int, default=16, help="of the other half (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["rotated", "trained", "sentences"])
     parser.add_argument("--variants", nargs="+", default=[], help="only these, e.g. 'int4 gptq g32' (default: all)")
     parser.add_argument("--trained", type=Path, default=TRAINED, help="the trained model")
@@ -165,7 +171,11 @@ def main() -> None:
     texts = {"calibration": MODELS / "calibration.txt", "held out": MODELS / "held_out.txt"}
     for path, part in zip(texts.values(), (text[: len(text) // 2], text[len(text) // 2 :]), strict=True):
         path.write_text(part, encoding="utf-8")
-    settings = {"windows": options.windows, "tokens": options.tokens, "calibration_tokens": 16 * 512}
+    settings = {
+        "windows": options.windows,
+        "tokens": options.tokens,
+        "calibration_tokens": options.calibration_windows * options.tokens,
+    }
     result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings, "models": {}}
     if options.output.exists():
         result["models"] = read_report(options.output)["models"]

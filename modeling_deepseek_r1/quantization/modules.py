@@ -100,7 +100,7 @@ class PackedMatrices(Float32Module):
         if number not in self._kernel_weights:
             # The layout of this processor, beside the stored one, which is that of all.
             codes, grid = read(weight, scales, zeros)
-            shift = (8 - grid.zeros) * grid.scales.float()
+            shift = (8 - grid.zeros.float()) * grid.scales.float()
             pairs = torch.stack((grid.scales.float(), shift), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
             self._kernel_weights[number] = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), pairs
         packed, pairs = self._kernel_weights[number]
