@@ -12,6 +12,8 @@ from .modeling_deepseek_r1 import (
     DeepseekR1TextModel,
 )
 from .modeling_multimodal import DeepseekR1ForConditionalGeneration, DeepseekR1Model
+from .quantization import DeepseekR1QuantizationConfig
+from .quantization import register as register_quantization
 from .registration import register
 from .tokenization.processing_deepseek_r1 import DeepseekR1Processor
 from .tokenization.tokenization_deepseek_r1 import DeepseekR1Tokenizer
@@ -19,6 +21,7 @@ from .tokenization.tokenization_deepseek_r1 import DeepseekR1Tokenizer
 __version__ = "0.1.0"
 
 register()
+register_quantization()
 
 __all__ = [
     "DeepseekR1Config",
@@ -29,6 +32,7 @@ __all__ = [
     "DeepseekR1ForTokenClassification",
     "DeepseekR1Model",
     "DeepseekR1Processor",
+    "DeepseekR1QuantizationConfig",
     "DeepseekR1TextConfig",
     "DeepseekR1TextModel",
     "DeepseekR1Tokenizer",

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure quality, speed and memory of a checkpoint",
     "drift": "compare a new version with the one that is served, token by token, and raise an alarm",
     "report": "show what a model does with a text, token by token, as one HTML page",
+    "quantize": "write a checkpoint whose weights have 8 or 4 bits",
     "export": "write a checkpoint that loads without this package installed (trust_remote_code)",
 }
 """Subcommand -> its line in `deepseek-r1 --help`."""

@@ -7,7 +7,7 @@ import sys
 GROUPS = {
     "data": ("task", "labels"),
     "training": ("epochs", "seed"),
-    "what is trained, and how": ("dtype", "freeze"),
+    "what is trained, and how": ("dtype", "quantization_aware"),
     "healing": ("heal_from", "heal_hidden_weight"),
     "log and checkpoints": ("log_steps", "arguments"),
 }
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         given["lora_targets"] = [part for target in given["lora_targets"] for part in target.split(",") if part]
     if "expert_config" in given:
         given["expert_config"] = {name: value for part in given["expert_config"] for name, value in part.items()}
-    if "arguments" in given:
-        given["arguments"] = {**recipe.arguments, **dict(given["arguments"])}
+    for name in {"arguments", "quantization_aware"} & given.keys():
+        given[name] = {**getattr(recipe, name), **dict(given[name])}
     report = train_checkpoint(recipe.changed(given, "command line"), resume=args.resume, overwrite=args.overwrite)
     sys.stdout.flush()
     print(json.dumps({**vars(report), "history": None}, indent=2) if args.json else report.summary())

@@ -121,7 +121,7 @@ def export_checkpoint(
     limit = convert_file_size_to_int(max_shard_size)
     travelling = CODE[config["model_type"]]
     code = flatten_modules(Path(__file__).parents[1], PACKAGE, travelling.entries)
-    accompanying = _accompanying_files(source)
+    accompanying = accompanying_files(source)
 
     notes = clean_leftovers(destination)
     with atomic_folder(destination, sum((source / name).stat().st_size for name in [*weights, *accompanying])) as folder:
@@ -166,6 +166,8 @@ def _read_config(source: Path) -> dict:
             f"{path} has model_type={model_type!r}; only checkpoints of this library ({' or '.join(map(repr, CODE))}) can be exported,"
             " convert it first"
         )
+    if config.get("quantization_config"):
+        raise ValueError(f"{source} is quantized, which takes this package to load; export the checkpoint that it was made of")
     return config
 
 
@@ -203,7 +205,7 @@ def _read_tensors(source: Path, weights: list[str]) -> dict:
     return tensors
 
 
-def _accompanying_files(source: Path) -> list[str]:
+def accompanying_files(source: Path) -> list[str]:
     candidates = [*source.iterdir(), *(path for name in COPIED_FOLDERS for path in (source / name).glob("*"))]
     return sorted(
         path.relative_to(source).as_posix()

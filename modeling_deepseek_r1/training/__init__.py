@@ -18,6 +18,7 @@ from .expert_lora import (
     unmerge_experts,
 )
 from .learning_rate import AdaptiveLearningRate
+from .quantization_aware import QuantizationAware
 from .recipe import Recipe
 from .router_hooks import ExpertCapacity, ExpertSampling
 from .run import TrainingReport, train_checkpoint
@@ -52,6 +53,7 @@ __all__ = [
     "ExpertSampling",
     "ExpertSelection",
     "ProgressiveSparsity",
+    "QuantizationAware",
     "Recipe",
     "TemporaryTraining",
     "ThresholdUpdate",

@@ -1,5 +1,6 @@
 """Arguments of a training run."""
 
+import json
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -13,6 +14,8 @@ class DeepseekR1TrainingArguments(TrainingArguments):
 
     Args:
         centroid_decay: share of the old centroid that an optimizer step keeps in routed layers; 1 leaves the centroids alone.
+        quantization_aware: settings of `DeepseekR1QuantizationConfig`, e.g. `{"bits": 4, "group_size": 32}`: forwards see weights
+            rounded so.
 
     Raises:
         ValueError: a decay outside of [0, 1], or fp16 on a CPU.
@@ -22,6 +25,9 @@ class DeepseekR1TrainingArguments(TrainingArguments):
         default=0.99,
         metadata={"help": "Share of the old centroid that an optimizer step keeps in routed layers; 1 = they stay."},
     )
+    quantization_aware: dict | str | None = field(
+        default=None, metadata={"help": "Train with rounded weights: settings of DeepseekR1QuantizationConfig."}
+    )
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding",
         metadata={"help": "Whether to count the tokens seen, for tokens per second: all, non_padding or no."},
@@ -29,6 +35,8 @@ class DeepseekR1TrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.quantization_aware, str):
+            self.quantization_aware = json.loads(self.quantization_aware)
         if not 0 <= self.centroid_decay <= 1:
             raise ValueError(f"centroid_decay={self.centroid_decay} must lie in [0, 1]")
         if self.fp16 and self.device.type == "cpu":

@@ -77,6 +77,11 @@ class Recipe:
     )
     train_routers: bool = _setting(False, "train the routers beside the experts of expert_config")
     freeze: list[str] = _setting([], "leave parameters alone whose names match, e.g. 'model.embed_tokens.*'", metavar="PATTERN")
+    quantization_aware: dict[str, Any] = _setting(
+        {},
+        "compute with weights rounded as `quantize` will round them, e.g. bits=4 group_size=32, so that they learn to do well so",
+        metavar="NAME=VALUE",
+    )
 
     heal_from: str | None = _setting(
         None, "learn from this model, as a rule the dense source: checkpoint folder, GGUF file or hub id", metavar="SOURCE"
@@ -160,6 +165,10 @@ class Recipe:
             )
         if self.train_routers and not self.expert_config:
             raise ValueError("train_routers belongs to expert_config; the adapters of lora_rank have lora_targets router")
+        if self.quantization_aware and (self.lora_rank is not None or self.expert_config or self.heal_from):
+            raise ValueError(
+                "quantization_aware trains the weights themselves: leave out lora_rank, expert_config and heal_from"
+            )
         if self.heal_from and (self.task == "classification" or self.label_smoothing):
             raise ValueError("heal_from teaches to predict texts as another model does: no classification, no label_smoothing")
         if self.heal_from and self.expert_config:

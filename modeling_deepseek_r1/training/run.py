@@ -197,6 +197,8 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
         raise ValueError(
             f"{recipe.model} is a {config.model_type} checkpoint; convert it first: deepseek-r1 convert {recipe.model} FOLDER"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{recipe.model} is quantized; train the checkpoint that it was made of, and quantize what comes out")
     return config
 
 
@@ -230,6 +232,7 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "seed": recipe.seed,
         # Without being told so, transformers refuses bf16 where there is no accelerator.
         "use_cpu": not torch.accelerator.is_available(),
+        "quantization_aware": recipe.quantization_aware or None,
         "bf16": recipe.precision == "bf16",
         "fp16": recipe.precision == "fp16",
         checkpointing: recipe.checkpointing,

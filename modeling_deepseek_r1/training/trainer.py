@@ -12,9 +12,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..quantization import DeepseekR1QuantizationConfig
 from .arguments import DeepseekR1TrainingArguments
 from .balance import BiasUpdate, biased_routers
 from .centroids import CentroidUpdate, routers
+from .quantization_aware import QuantizationAware
 from .thresholds import ThresholdUpdate, adaptive_routers
 
 BUFFERS_FILE = "moved_buffers.safetensors"
@@ -30,6 +32,7 @@ class DeepseekR1Trainer(Trainer):
       over the micro-batches of a step; `utilisation`, a dictionary, and single numbers such as `aux_loss`, as means.
     - Label smoothing shifts the labels, divides by the items of the whole step, and keeps the auxiliary losses. It acts in
       training only: the loss of an evaluation stays the one that perplexity is made of.
+    - With `quantization_aware`, forwards see rounded weights (`QuantizationAware`).
     - A run with an adapter resumes with the centroids that it had: a PEFT checkpoint does not hold them.
     """
 
@@ -47,6 +50,8 @@ class DeepseekR1Trainer(Trainer):
             self._add_missing(ThresholdUpdate())
         if biased_routers(self.model):
             self._add_missing(BiasUpdate())
+        if args.quantization_aware:
+            self._add_missing(QuantizationAware(DeepseekR1QuantizationConfig(**args.quantization_aware)))
 
     def _add_missing(self, callback: TrainerCallback) -> None:
         if not any(isinstance(present, type(callback)) for present in self.callback_handler.callbacks):
