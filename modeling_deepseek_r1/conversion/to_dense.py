@@ -82,7 +82,7 @@ def choose_family(config: DeepseekR1TextConfig, allow_pattern_change: bool) -> t
     """
     origin = getattr(config, "source_model_type", None)
     families = sorted(FAMILIES.values(), key=lambda family: family.model_type != origin)
-    candidates = [config, _with_full_attention(config)] if allow_pattern_change else [config]
+    candidates = [config, with_full_attention(config)] if allow_pattern_change else [config]
     for candidate in candidates:
         fields = candidate.to_dict()
         obstacles = {family.model_type: family_obstacles(family, fields) for family in families}
@@ -91,7 +91,7 @@ def choose_family(config: DeepseekR1TextConfig, allow_pattern_change: bool) -> t
                 return family, candidate
     reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in obstacles.items())
     pattern_only = not allow_pattern_change and any(
-        not family_obstacles(family, _with_full_attention(config).to_dict()) for family in families
+        not family_obstacles(family, with_full_attention(config).to_dict()) for family in families
     )
     hint = ". allow_pattern_change=True writes the same weights with full attention in all layers" if pattern_only else ""
     raise ValueError(f"no family expresses this model exactly; what stands in the way, by family: {reasons}{hint}")
@@ -104,7 +104,8 @@ def family_configuration(family: Family, config: DeepseekR1TextConfig) -> PreTra
     return CONFIG_MAPPING[family.model_type].from_dict(fields)
 
 
-def _with_full_attention(config: DeepseekR1TextConfig) -> DeepseekR1TextConfig:
+def with_full_attention(config: DeepseekR1TextConfig) -> DeepseekR1TextConfig:
+    """The same weights without windows, routing and nodes."""
     fields = config.to_dict()
     overrides = fields.pop("per_layer_config", None) or {}
     kept = {int(layer): {k: v for k, v in values.items() if k not in PATTERN_FIELDS} for layer, values in overrides.items()}

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
+from modeling_deepseek_r1 import serving
+from modeling_deepseek_r1.cli import main
 from modeling_deepseek_r1.serving import MediaLimits
 from tests.multimodal.models import multimodal_model
 from tests.multimodal.test_model import TEXT as EXPERTS
@@ -209,3 +212,23 @@ def test_media_where_they_do_not_belong(refusing):
         strict=True,
     ):
         assert words in message
+
+
+def test_the_command_serves_a_composed_checkpoint_beside_its_canary(tmp_path, monkeypatch):
+    model, processor = model_and_processor()
+    for name in ("seeing", "canary"):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    apps = []
+    monkeypatch.setattr(serving, "serve", lambda app, **_: apps.append(app))
+    canary = ["--canary", str(tmp_path / "canary"), "--canary-share", "0"]
+    assert main(["serve", str(tmp_path / "seeing"), *canary, "--max-media", "1", "--rows", "2"]) == 0
+    with TestClient(apps[0]) as client:
+        answers = [client.post(CHAT, json=chat([image(), said("what?")], model=name)) for name in ("seeing", "seeing-canary")]
+        assert client.post(CHAT, json=chat([image(), image()])).status_code == 400
+        large = client.post(CHAT, json=chat("a " * 2**20))
+    assert [answer.json()["model"] for answer in answers] == ["seeing", "seeing-canary"]
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
+    assert large.status_code == 400  # beyond the context, but not too large: 2 MiB are room for text, 16 for pictures
+    for wrong in (["--canary-share", "2"], ["--max-pixels", "0"]):
+        assert main(["serve", str(tmp_path / "seeing"), *canary, *wrong]) == 1
