@@ -80,8 +80,7 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekR1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # Layouts are worked out on the host, so a whole forward is not one graph.
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
@@ -200,7 +199,9 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
     def _check_tokens(self, inputs: torch.Tensor, are_ids: bool) -> None:
         if inputs.shape[0] == 0 or inputs.shape[1] == 0:
             raise ValueError(f"the input has shape {list(inputs.shape)}: there is no token to run the model on")
-        # On an accelerator this would wait for the device at every step.
+        # On an accelerator this would wait for the device at every step; compiled code cannot raise.
+        if torch.compiler.is_compiling():
+            return
         if are_ids and inputs.device.type == "cpu" and (int(inputs.min()) < 0 or int(inputs.max()) >= self.config.vocab_size):
             wrong = inputs[(inputs < 0) | (inputs >= self.config.vocab_size)][0]
             raise ValueError(f"token id {int(wrong)} is outside of the vocabulary (0 ... {self.config.vocab_size - 1})")
