@@ -23,8 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention.cache import PatternLayer, adopt_cache
+from .attention.engines import check_pages
 from .attention.flash import flash_kernel
-from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, check_pages, layer_pattern
+from .attention.layer import OWN_IMPLEMENTATIONS, DeepseekR1Attention, cache_layer, cacheable, layer_pattern
 from .attention.norm import DeepseekR1RMSNorm
 from .attention.pattern import AttentionLayout
 from .attention.rotary import rotary_embedding
@@ -81,12 +82,10 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DeepseekR1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    # Layouts are worked out on the host, so a whole forward is not one graph.
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = False  # layouts are worked out on the host
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
     _keep_in_fp32_modules_strict = ["router", "global_tokens"]
-    # transformers looks for its decorator in this file's source; the experts are in another one.
-    _can_set_experts_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = True  # transformers would look for its decorator in this file alone
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "flash_attention_2":
@@ -370,7 +369,7 @@ class DeepseekR1ForCausalLM(DeepseekR1PreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Paged continuous batching (`generate_batch`); ValueError for remote keys, sink tokens, windows that differ."""
-        check_pages(self.config.get_text_config(), self.model.patterns)
+        check_pages(self.config.get_text_config(), "generate_batch()")
         return super().init_continuous_batching(*args, **kwargs)
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch.export import Dim
+from transformers import pipeline
 
+from tests.data.tokenizers import make_tokenizer
 from tests.models import random_ids, tiny_model
 from tests.test_model import assert_same_grads, grads
 
@@ -74,3 +76,13 @@ def test_generation_from_embeddings_and_with_resized_ones(name):
     model.resize_token_embeddings(101)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     torch.testing.assert_close(model(ids).logits[..., :97], logits)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_pipeline_of_several_texts_gives_what_each_gives_alone(name):
+    model = tiny_model(name, vocab_size=259)
+    pipe = pipeline("text-generation", model=model, tokenizer=make_tokenizer(None), max_new_tokens=6, do_sample=False)
+    texts = ["To be, or not to be, that is the question", "No."]
+    together = [answer[0]["generated_text"] for answer in pipe(texts, batch_size=2)]
+    assert together == [pipe(text)[0]["generated_text"] for text in texts]
+    assert all(answer.startswith(text) for answer, text in zip(together, texts, strict=True))

@@ -65,19 +65,6 @@ def cacheable(config, past) -> bool:
     return not config.use_bidirectional_attention
 
 
-def check_pages(config, patterns: list[AttentionPattern]) -> None:
-    """Raises ValueError for patterns that continuous batching cannot keep in its pages."""
-    own = sorted({kind for kind in config.layer_types if kind.startswith("local_")})
-    sinks = sorted({pattern.num_sink_tokens for pattern in patterns if pattern.num_sink_tokens})
-    windows = sorted({pattern.window for pattern in patterns if pattern.window is not None})
-    if own or sinks or len(windows) > 1:
-        what = f"{own[0]} layers" if own else f"sink tokens ({sinks[0]})" if sinks else f"different windows {windows}"
-        raise ValueError(
-            f"generate_batch() keeps keys in pages that know full_attention and one sliding window; this model has {what}."
-            " Use generate(), or convert the checkpoint without them"
-        )
-
-
 class DeepseekR1Attention(nn.Module):
     """Grouped-query attention (https://arxiv.org/abs/2305.13245) over the keys of the layer's pattern.
 
