@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from tables import ablation_table
+
 from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
 from modeling_deepseek_r1.evaluation import markdown_table, plot
 
@@ -19,6 +21,7 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
+    "smollm2_ablation": "benchmark_ablation.py",
     "dynamic_k": "benchmark_dynamic_k.py",
     "expert_cache": "benchmark_expert_cache.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
@@ -318,6 +321,7 @@ TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
+    "smollm2_ablation": ablation_table,
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "smollm2_serving": serving_table,
