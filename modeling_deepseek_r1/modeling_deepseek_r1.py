@@ -82,14 +82,11 @@ class DeepseekR1PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekR1DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    _supports_attention_backend = True
-    # Layouts are worked out on the host, so a whole forward is not one graph.
-    _can_compile_fullgraph = False
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = False  # layouts are worked out on the host
     _can_record_outputs = {"hidden_states": DeepseekR1DecoderLayer, "attentions": DeepseekR1Attention}
     _keep_in_fp32_modules_strict = ["router", "global_tokens"]
-    # transformers looks for its decorator in this file's source; the experts are in another one.
-    _can_set_experts_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = True  # transformers would look for its decorator in this file alone
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "flash_attention_2":

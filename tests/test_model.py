@@ -190,10 +190,3 @@ def test_nothing_is_left_uninitialised_by_loading(tmp_path):
     loaded = DeepseekR1TextModel.from_pretrained(tmp_path)
     for (name, mine), theirs in zip(loaded.named_buffers(), model.model.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, msg=name)
-
-
-def test_other_attention_implementations_are_refused_with_a_reason():
-    with pytest.raises((ValueError, ImportError), match="[Ff]lash|flex"):
-        DeepseekR1ForCausalLM._from_config(tiny_config(), attn_implementation="flex_attention")
-    with pytest.raises((ValueError, ImportError), match="[Ff]lash"):
-        DeepseekR1ForCausalLM._from_config(tiny_config(), attn_implementation="flash_attention_2")

@@ -51,6 +51,9 @@ def flex_pattern_attention(
         NotImplementedError: gradients are needed on a CPU.
     """
     _check_gradients(query, key, value)
+    if not torch.is_grad_enabled():
+        # On a CPU it refuses tensors that could have a gradient, even where none is computed.
+        query, key, value = query.detach(), key.detach(), value.detach()
     log_gate, is_memory, is_node, bias = routing.log_gate if routing is not None else None, None, None, None
     if isinstance(routing, Nodes):
         key, value, places, is_node, is_memory = extended_keys(key, value, routing, pattern, places)
@@ -104,7 +107,7 @@ def block_mask(visible: Callable, batch: int, heads: int, num_queries: int, num_
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row of blocks, how many are true, and their numbers, followed by those of the others."""
-    order = blocks.to(torch.int8).argsort(-1, descending=True, stable=True)
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1).to(torch.int32), order.to(torch.int32)
 
 

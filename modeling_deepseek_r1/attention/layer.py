@@ -177,14 +177,16 @@ class DeepseekR1Attention(nn.Module):
                 routing = routing.cached(held)
         states, dropout = (query, key, value), self.attention_dropout if self.training else 0.0
         name, weights = self.config._attn_implementation, None
+        dense = name == "eager" or dropout or torch.compiler.is_exporting()
         few = layout.num_queries <= MASKED_QUERIES and key.shape[2] > layout.num_queries
-        if name == "eager" or dropout or wanted or (name == "flex_attention" and not few):
+        if dense or wanted or (name == "flex_attention" and not few):
             places = layout.positions, positions, layout.documents, documents
             if layout.is_regular:
                 places = *key_layout(layout, self.pattern, key.shape[2], query.device), None, None
             rest = *states, self.pattern, self.scaling, places, routing
-            if name == "eager" or dropout:
-                # The fused kernels have no dropout; the reference does, at the price of its n x n weights.
+            if dense:
+                # Plans are made for one length, and the fused kernels have no dropout; the reference has, at the price of its n x n
+                # weights, and can be exported for any length.
                 return layer_reference(*rest, dropout)
             weights = sparse_weights(*rest) if wanted else None
             if name == "flex_attention" and not few:

@@ -265,7 +265,7 @@ class AttentionLayout:
             ValueError: a mask or index whose shape does not fit.
         """
         valid = valid_tokens(attention_mask, batch_size, num_queries, past)
-        if valid is not None and not cached and bool((valid[:, :-1] >= valid[:, 1:]).all()):
+        if valid is not None and not cached and _holds(valid[:, :-1] >= valid[:, 1:]):
             valid = None
         starts = _document_starts(batch_size, num_queries, past, position_ids, seq_idx, attention_mask is not None)
         if valid is None and starts is None and past_positions is None:
@@ -342,6 +342,11 @@ class AttentionLayout:
         return [RowGroup(rows, past_length, current, runs) for (past_length, current, runs), rows in groups.items()]
 
 
+def _holds(conditions: torch.Tensor) -> bool:
+    """Whether all are true; never in a graph that is exported, which must be right for other inputs too."""
+    return not torch.compiler.is_exporting() and bool(conditions.all())
+
+
 def valid_tokens(attention_mask: torch.Tensor | None, batch_size: int, num_queries: int, past: int) -> torch.Tensor | None:
     """`[B, Q]` bool, or None where there is no padding among the new tokens."""
     if attention_mask is None:
@@ -357,7 +362,7 @@ def valid_tokens(attention_mask: torch.Tensor | None, batch_size: int, num_queri
             f" [{batch_size}, {past + num_queries}]"
         )
     valid = attention_mask[:, attention_mask.shape[1] - num_queries :].bool()
-    return None if bool(valid.all()) else valid
+    return None if _holds(valid) else valid
 
 
 def _document_starts(
@@ -385,4 +390,4 @@ def _document_starts(
             starts[:, 0] = position_ids[:, 0] == 0
     else:
         return None
-    return starts.expand(batch_size, -1) if bool(starts.any()) else None
+    return None if _holds(~starts) else starts.expand(batch_size, -1)

@@ -248,6 +248,8 @@ def family_obstacles(family: Family, fields: dict[str, Any]) -> list[str]:
         obstacles.append(f"per_layer_config ({', '.join(differing)} differ between layers)")
     if (fields.get("rope_parameters") or {}).get("rope_type") == "piecewise_linear":
         obstacles.append("rope_parameters (rope_type='piecewise_linear')")
+    if fields["use_bidirectional_attention"]:
+        obstacles.append("use_bidirectional_attention (True)")
     for kind in OWN_LAYER_TYPES:
         if count := fields["layer_types"].count(kind):
             obstacles.append(f"layer_types ({count} of {len(sliding)} are {kind})")

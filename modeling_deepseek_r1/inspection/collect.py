@@ -127,13 +127,15 @@ def inspect_text(model, tokenizer, text: str, *, tokens: int = DEFAULT_TOKENS, n
         name: what the page calls the model.
 
     Raises:
-        ValueError: a model of another library, fewer than 2 tokens asked for, or fewer in the text.
+        ValueError: a model of another library or a bidirectional one, fewer than 2 tokens asked for, or fewer in the text.
     """
     if model.config.model_type != DeepseekR1TextConfig.model_type:
         raise ValueError(
             f"the report shows models of this library, this one is {model.config.model_type!r}; `deepseek-r1 convert` makes one"
             " of it"
         )
+    if model.config.use_bidirectional_attention:
+        raise ValueError("the report shows what predicts the next token; this model has use_bidirectional_attention=True")
     if tokens < 2:
         raise ValueError(f"tokens={tokens} must be at least 2")
     ids, pieces = split_text(tokenizer, text)

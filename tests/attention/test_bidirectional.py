@@ -105,3 +105,16 @@ def test_a_cache_and_generation_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = DeepseekR1TextModel.from_pretrained(tmp_path)
     assert not any(pattern.causal for pattern in loaded.patterns)
+
+
+def test_what_cannot_be_said_of_both_sides_is_refused():
+    from modeling_deepseek_r1.conversion.to_dense import choose_family
+    from modeling_deepseek_r1.inspection import inspect_text
+
+    model = tiny_model("full", use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="use_bidirectional_attention"):
+        inspect_text(model, None, "text")
+    with pytest.raises(ValueError, match="use_bidirectional_attention"):
+        choose_family(model.config, True)
+    with pytest.raises(ValueError, match="which all layers have in common"):
+        tiny_config(per_layer_config={1: {"use_bidirectional_attention": True}})
