@@ -1,6 +1,7 @@
 """Generation beyond a plain `model.generate()`."""
 
 from .candidates import CandidateOutput, HierarchicalCandidates, generate_candidates
+from .compiled import compiled_decoding
 from .conversation import Conversation
 from .evaluators import EmbeddingEvaluator, RewardEvaluator
 from .selection import Candidate, PromptCandidates
@@ -13,5 +14,6 @@ __all__ = [
     "HierarchicalCandidates",
     "PromptCandidates",
     "RewardEvaluator",
+    "compiled_decoding",
     "generate_candidates",
 ]
