@@ -163,6 +163,34 @@ def measure(engines: dict, ids, length: int, repeats: int) -> dict:
     }
 
 
+def table(result: dict) -> str:
+    """What each engine reaches, in Markdown; the last column beside llama.cpp or else the first engine."""
+    lines = [
+        "| dtype | prompt | engine | prefill | decoding | prefill ratio | decoding ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in result["cells"]:
+        engines, length = cell["engines"], cell["length"]
+        base = "llama.cpp" if "llama.cpp" in engines else next(iter(engines))
+        for name, one in engines.items():
+            prefill, decode = (one[key]["median"] for key in ("prefill_seconds", "decode_seconds_per_token"))
+            times = one["speed_over"].get(base)
+            ratios = [f"{times[key]['median']:.2f}x" if times else "1" for key in ("prefill", "decode")]
+            row = [
+                cell["dtype"],
+                f"{length:,}",
+                name,
+                f"{length / prefill:.0f} tokens/s",
+                f"{1 / decode:.1f} tokens/s",
+                *ratios,
+            ]
+            lines.append("| " + " | ".join(row) + " |")
+    about = (
+        f"Seconds of the processor, {result['environment']['threads']} thread; ratios (more is faster) to llama.cpp where it is"
+    )
+    return "\n".join([*lines, "", f"{about} there, else to the first engine."]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llama", help="interpreter that has llama-cpp-python; without it that engine is left out")

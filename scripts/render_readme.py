@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from benchmark_decode_engines import table as engines_table
+
 from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
 from modeling_deepseek_r1.evaluation import markdown_table, plot
 
@@ -27,6 +29,7 @@ COMMANDS = {
     "experts_training_step": "benchmark_training_step.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
+    "smollm2_decode_engines": "benchmark_decode_engines.py",
     "smollm2_experts_training": "benchmark_training.py",
     "smollm2_grpo": "train_grpo.py",
     "smollm2_healing": "benchmark_healing.py",
@@ -318,6 +321,7 @@ TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
+    "smollm2_decode_engines": engines_table,
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "smollm2_serving": serving_table,
