@@ -2,6 +2,7 @@
 
 import statistics
 
+from benchmark_decode_engines import table as engines_table
 from benchmark_long_documents import table as long_documents
 
 
@@ -358,6 +359,7 @@ def ablation_table(result: dict) -> str:
 
 TABLES = {
     "smollm2_ablation": ablation_table,
+    "smollm2_decode_engines": engines_table,
     "smollm2_long_documents": long_documents,
     "dynamic_k": dynamic_table,
     "multimodal": multimodal_table,

@@ -82,7 +82,21 @@ def static_attention(
             log_gate = log_gate + F.pad(routing.memory.bias[:, None, None].expand(-1, -1, layer.slots.memory), ends)
         hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
         mask = torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden))
+    if query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling():
+        return _one_query(query, key, value, mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _one_query(query, key, value, mask, scale: float) -> torch.Tensor:
+    """The same from products and sums, which compiled code fuses; torch's kernel for the CPU is slow for a single query."""
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf"))
+    groups = key.shape[1]
+    query, mask = query.float().unflatten(1, (groups, -1)), mask.float()
+    mask = mask.unflatten(1, (groups, -1)) if mask.shape[1] > 1 else mask.unsqueeze(2)
+    scores = (query * key.float()[:, :, None]).sum(-1) * scale + mask[..., 0, :]
+    output = (scores.softmax(-1)[..., None] * value.float()[:, :, None]).sum(-2)
+    return output.to(value.dtype).flatten(1, 2).unsqueeze(2)
 
 
 def _visible(layer: StaticPatternLayer, layout: StaticLayout, num_keys: int):

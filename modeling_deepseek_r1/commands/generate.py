@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="FILE", help="show the model a picture; may be repeated"
     )
     parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="let it hear a WAV file; may be repeated")
+    compile_help = "compile the decoding step first, which takes minutes and is worth it for thousands of tokens"
+    parser.add_argument("--compile", action="store_true", help=compile_help)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: no such checkpoint or file, an empty prompt, impossible options.
     """
+    if args.compile and (args.expert_memory is not None or args.image or args.audio):
+        raise ValueError("--compile is for texts, and for models that are in memory as a whole")
     prompt = _prompt(args)
     options = generation_options(args)
     model, tokenizer = load(args)
@@ -59,6 +63,10 @@ def run(args: argparse.Namespace) -> None:
         model.generate(**_joined_inputs(args, prompt).to(model.device), streamer=streamer, **options)
         return
     ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
+    if args.compile:
+        from ..generation.compiled import compiled_decoding
+
+        options |= compiled_decoding(ids.shape[1] + args.max_new_tokens)
     model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
     if args.expert_memory is not None:
         share = model.expert_cache.statistics.hit_rate

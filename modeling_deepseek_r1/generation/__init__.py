@@ -2,6 +2,7 @@
 
 from ..attention.segments import SegmentedCache
 from .candidates import CandidateOutput, HierarchicalCandidates, generate_candidates
+from .compiled import compiled_decoding
 from .conversation import Conversation
 from .evaluators import EmbeddingEvaluator, RewardEvaluator
 from .selection import Candidate, PromptCandidates
@@ -15,5 +16,6 @@ __all__ = [
     "PromptCandidates",
     "RewardEvaluator",
     "SegmentedCache",
+    "compiled_decoding",
     "generate_candidates",
 ]

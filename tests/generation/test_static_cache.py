@@ -147,3 +147,22 @@ def test_refusals():
         generate(model, ids, cache_implementation="quantized")
     with pytest.raises(ValueError, match="assisted generate is not supported with Static cache"):
         generate(model, ids, cache_implementation="static", prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.slow
+def test_inductor_keeps_the_text_and_writes_products_of_one_row_as_sums(monkeypatch):
+    from modeling_deepseek_r1.generation import compiled, compiled_decoding
+
+    model, ids = tiny_model("global_mixed"), random_ids(1, 19)
+    replaced, replace = [], compiled.OneRowProducts._replace
+    monkeypatch.setattr(
+        compiled.OneRowProducts, "_replace", staticmethod(lambda *args: replaced.append(args[1]) or replace(*args))
+    )
+    options = compiled_decoding(39)
+    assert options["max_cache_len"] == 256
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert torch.equal(generate(model, ids, **options), generate(model, ids))
+    assert len(replaced) >= 7 * len(model.model.layers)
+    # An equal configuration does not compile again.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(generate(model, ids, **compiled_decoding(39)), generate(model, ids))
