@@ -32,6 +32,7 @@ COMMANDS = {
     "smollm2_healing": "benchmark_healing.py",
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
+    "smollm2_quantization": "benchmark_quantization.py",
     "smollm2_retrieval": "benchmark_model.py retrieval --dtype bfloat16",
     "smollm2_serving": "benchmark_serving.py",
 }
@@ -194,6 +195,25 @@ def serving_table(result: dict) -> str:
     )
 
 
+def quantization_table(result: dict) -> str:
+    """Rows: model and format; columns: what it costs in perplexity, and what it saves."""
+    lines = ["| model | weights | of bfloat16 | perplexity | change | same experts |", "|---|---|--:|--:|--:|--:|"]
+    for model, cells in result["models"].items():
+        for name, cell in cells.items():
+            if "perplexity" not in cell:
+                continue
+            change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
+            share = f"{cell['share_of_bfloat16']:.3f}" if "increase" in cell else ""
+            same = f"{cell['router_agreement']:.1%}" if cell.get("router_agreement") else ""
+            lines.append(f"| {model} | {name} | {share} | {cell['perplexity']:.2f} | {change} | {same} |")
+    settings, found = result["settings"], result["models"].get("sentences", {})
+    sections = ", ".join(f"{name} {cell['accuracy']:.1%}" for name, cell in found.items())
+    return "\n".join(lines) + (
+        f"\n\n{settings['windows']} windows of {settings['tokens']} tokens, {settings['calibration_tokens']:,} tokens to calibrate on;"
+        " g32: groups of 32." + (f" Sections that MiniLM finds by their next words: {sections}." if found else "") + "\n"
+    )
+
+
 def expert_table(result: dict) -> str:
     """Rows: dtype and number of tokens; columns: the time of our experts, and how many times as long the others take."""
     names = list(dict.fromkeys(name for cell in result["cells"] for name in cell["forward_speedups"]))
@@ -321,6 +341,7 @@ TABLES = {
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "smollm2_serving": serving_table,
+    "smollm2_quantization": quantization_table,
     "expert_layer": expert_table,
     "experts_training_step": step_table,
     "smollm2_experts_training": training_table,
