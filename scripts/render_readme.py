@@ -196,22 +196,15 @@ def serving_table(result: dict) -> str:
 
 
 def quantization_table(result: dict) -> str:
-    """Rows: model and format; columns: what it costs in perplexity, and what it saves."""
-    lines = ["| model | weights | of bfloat16 | perplexity | change | same experts |", "|---|---|--:|--:|--:|--:|"]
-    for model, cells in result["models"].items():
-        for name, cell in cells.items():
-            if "perplexity" not in cell:
-                continue
-            change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
-            share = f"{cell['share_of_bfloat16']:.3f}" if "increase" in cell else ""
-            same = f"{cell['router_agreement']:.1%}" if cell.get("router_agreement") else ""
-            lines.append(f"| {model} | {name} | {share} | {cell['perplexity']:.2f} | {change} | {same} |")
-    settings, found = result["settings"], result["models"].get("sentences", {})
-    sections = ", ".join(f"{name} {cell['accuracy']:.1%}" for name, cell in found.items())
-    return "\n".join(lines) + (
-        f"\n\n{settings['windows']} windows of {settings['tokens']} tokens, {settings['calibration_tokens']:,} tokens to calibrate on;"
-        " g32: groups of 32." + (f" Sections that MiniLM finds by their next words: {sections}." if found else "") + "\n"
-    )
+    """Rows: model and format; columns: what it saves, and what it costs in perplexity or in sections found."""
+    lines = ["| model | weights | of bfloat16 | perplexity or found | change | same experts |", "|---|---|--:|--:|--:|--:|"]
+    for model, name, cell in ((m, n, c) for m, cells in result["models"].items() for n, c in cells.items()):
+        quality = f"{cell['perplexity']:.2f}" if "perplexity" in cell else f"{cell['accuracy']:.1%}"
+        change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
+        share, same = (f"{cell[key]:{form}}" if cell.get(key) else "" for key, form in (("share_of_bfloat16", ".3f"), ("router_agreement", ".1%")))  # fmt: skip
+        lines.append(f"| {model} | {name} | {share} | {quality} | {change} | {same} |")
+    windows = "{windows} windows of {tokens} tokens, {calibration_tokens:,} tokens to calibrate on".format(**result["settings"])
+    return "\n".join(lines) + f"\n\n{windows}.\n"
 
 
 def expert_table(result: dict) -> str:
