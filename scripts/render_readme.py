@@ -203,8 +203,7 @@ def quantization_table(result: dict) -> str:
         change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
         share, same = (f"{cell[key]:{form}}" if cell.get(key) else "" for key, form in (("share_of_bfloat16", ".3f"), ("router_agreement", ".1%")))  # fmt: skip
         lines.append(f"| {model} | {name} | {share} | {quality} | {change} | {same} |")
-    windows = "{windows} windows of {tokens} tokens, {calibration_tokens:,} tokens to calibrate on".format(**result["settings"])
-    return "\n".join(lines) + f"\n\n{windows}.\n"
+    return "\n".join(lines) + "\n\n{windows} windows of {tokens} tokens, {calibration_tokens:,} tokens to calibrate on.\n".format(**result["settings"])  # fmt: skip
 
 
 def expert_table(result: dict) -> str:

@@ -128,7 +128,10 @@ def test_other_models_are_rounded_too(tmp_path):
     )
     ids, before = random_ids(1, 12, vocab_size=50), None
     before = model.eval()(ids).last_hidden_state
-    quantize_model(model, DeepseekR1QuantizationConfig(8))
+    with pytest.raises(ValueError, match="BertModel cannot read a text here"):
+        quantize_model(model, DeepseekR1QuantizationConfig(8), ids)
+    quantize_model(model, DeepseekR1QuantizationConfig(8, modules_to_not_convert=["encoder.layer.1"]))
+    assert {name.split(".")[2] for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == {"0"}
     model.save_pretrained(tmp_path)
     after = BertModel.from_pretrained(tmp_path)(ids).last_hidden_state
     assert torch.equal(after, model(ids).last_hidden_state)
