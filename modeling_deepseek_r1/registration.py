@@ -1,4 +1,4 @@
-"""The only place that touches transformers' registries: after `import modeling_deepseek_r1` the Auto classes know the models."""
+"""The only place that touches transformers' registries, but for that of quantizers (`quantization/quantizer.py`): after `import modeling_deepseek_r1` the Auto classes know the models."""
 
 from transformers import (
     AutoConfig,

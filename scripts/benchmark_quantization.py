@@ -182,7 +182,7 @@ def main() -> None:
     sources = {"rotated": lambda: rotated(MODELS / "rotated"), "trained": lambda: options.trained}
     for name in options.models:
         cells = result["models"].setdefault(name, {})
-        save = lambda: write_report(options.output, result)  # noqa: E731
+        save = lambda: write_report(result, options.output)  # noqa: E731
         if name == "sentences":
             for bits in (None, 8, "fp8", 4):
                 cells[

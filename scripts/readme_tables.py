@@ -357,7 +357,19 @@ def ablation_table(result: dict) -> str:
     )
 
 
+def quantization_table(result: dict) -> str:
+    """Rows: model and format; columns: what it saves, and what it costs in perplexity or in sections found."""
+    lines = ["| model | weights | of bfloat16 | perplexity or found | change | same experts |", "|---|---|--:|--:|--:|--:|"]
+    for model, name, cell in ((m, n, c) for m, cells in result["models"].items() for n, c in cells.items()):
+        quality = f"{cell['perplexity']:.2f}" if "perplexity" in cell else f"{cell['accuracy']:.1%}"
+        change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
+        share, same = (f"{cell[key]:{form}}" if cell.get(key) else "" for key, form in (("share_of_bfloat16", ".3f"), ("router_agreement", ".1%")))  # fmt: skip
+        lines.append(f"| {model} | {name} | {share} | {quality} | {change} | {same} |")
+    return "\n".join(lines) + "\n\n{windows} windows of {tokens} tokens, {calibration_tokens:,} tokens to calibrate on.\n".format(**result["settings"])  # fmt: skip
+
+
 TABLES = {
+    "smollm2_quantization": quantization_table,
     "smollm2_ablation": ablation_table,
     "smollm2_decode_engines": engines_table,
     "smollm2_long_documents": long_documents,

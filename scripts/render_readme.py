@@ -39,6 +39,7 @@ COMMANDS = {
     "smollm2_local_bfloat16": "benchmark_model.py local --dtype bfloat16",
     "smollm2_local_float32": "benchmark_model.py local",
     "smollm2_long_documents": "benchmark_long_documents.py",
+    "smollm2_quantization": "benchmark_quantization.py",
     "smollm2_retrieval": "benchmark_model.py retrieval --dtype bfloat16",
     "smollm2_serving": "benchmark_serving.py",
 }

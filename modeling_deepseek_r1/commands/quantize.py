@@ -5,8 +5,10 @@ import json
 import sys
 
 from ..evaluation.text import BUILT_IN_TEXTS
-
-BITS = {"8": 8, "4": 4, "fp8": "fp8"}
+from ..quantization import DeepseekR1QuantizationConfig
+from ..quantization.formats import BITS
+from ..quantization.quantizer import METHODS
+from ..quantization.run import LENGTH, WINDOWS, quantize_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", choices=tuple(BITS), default="8", help="of linear layers and experts" + default)
     parser.add_argument(
         "--method",
-        choices=("rtn", "gptq", "awq"),
+        choices=METHODS,
         default="rtn",
         help="round to nearest; or, reading --text: compensate errors (gptq), scale inputs (awq)" + default,
     )
@@ -28,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"UTF-8 texts to calibrate on, or {built_in} from Python's own library",
     )
-    parser.add_argument("--windows", type=int, default=16, metavar="N", help="windows of the text to read" + default)
-    parser.add_argument("--length", type=int, default=512, metavar="TOKENS", help="tokens of a window" + default)
+    parser.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help="windows of the text to read" + default)
+    parser.add_argument("--length", type=int, default=LENGTH, metavar="TOKENS", help="tokens of a window" + default)
     parser.add_argument("--group-size", type=int, metavar="N", help="with 4 bits: inputs that share a scale (default: 32)")
     parser.add_argument(
         "--embedding",
@@ -47,9 +49,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: as `quantize_checkpoint`.
     """
-    from ..quantization import DeepseekR1QuantizationConfig
-    from ..quantization.run import quantize_checkpoint
-
     bits = BITS[args.bits]
     embedding = {None: bits, "none": None}.get(args.embedding, BITS.get(args.embedding))
     config = DeepseekR1QuantizationConfig(bits, args.method, args.group_size, embedding, args.keep)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..modeling_deepseek_r1 import DeepseekR1TextModel
 from ..moe.experts import DeepseekR1Experts
 from ..moe.gates import DeepseekR1ExpertRouter
 from ..moe.kernels import sort_pairs
@@ -35,11 +36,16 @@ class Calibration:
 
     Attributes:
         names: of the blocks. inputs: hidden states of the first one, by window. head_gram: Gram matrix of what the head gets.
+
+    Raises:
+        ValueError: another family's model.
     """
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor):
         self.model, self.windows = model, windows.to(model.device).split(1)
         decoder = getattr(model.base_model, "language_model", model.base_model)
+        if not isinstance(decoder, DeepseekR1TextModel):
+            raise ValueError(f"{type(model).__name__} cannot read a text here; only decoders of this library are calibrated")
         found = {id(block): name for name, block in model.named_modules() if name}
         self.blocks = list(decoder.layers)
         self.names = [found[id(block)] for block in self.blocks]

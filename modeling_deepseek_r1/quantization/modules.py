@@ -249,3 +249,15 @@ def plain_embedding(module: QuantizedEmbedding, dtype: torch.dtype) -> nn.Embedd
     embedding = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, device="meta")
     embedding.weight = nn.Parameter(weight)
     return embedding
+
+
+def plain_experts(module: QuantizedExperts | QuantizedLowRankExperts, empty: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """As `plain_linear`; `empty` is the plain module on the meta device, to be filled."""
+    if isinstance(module, QuantizedLowRankExperts):
+        empty.gate_proj, empty.up_proj, empty.down_proj = module.gate_proj, module.up_proj, module.down_proj
+        weights = {name: module.factor(name) for name in module.FACTORS}
+    else:
+        weights = {name: getattr(module, name).decoded() for name in ("gate_up_proj", "down_proj")}
+    for name, weight in weights.items():
+        setattr(empty, name, nn.Parameter(weight.to(dtype)))
+    return empty

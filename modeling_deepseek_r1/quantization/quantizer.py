@@ -1,5 +1,6 @@
 """transformers' side: the entry `quantization_config` of a checkpoint, and how `from_pretrained` makes a model of it."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..moe.experts import DeepseekR1Experts
+from ..moe.experts import DeepseekR1Experts, DeepseekR1LowRankExperts
 from .formats import Format, encode, fit_grid
 from .modules import (
     QuantizedEmbedding,
@@ -23,6 +24,7 @@ from .modules import (
     QuantizedLinear,
     QuantizedLowRankExperts,
     plain_embedding,
+    plain_experts,
     plain_linear,
 )
 from .targets import Target, replace, replace_all, targets, tie_head
@@ -42,7 +44,7 @@ class DeepseekR1QuantizationConfig(QuantizationConfigMixin):
             ones, "awq" scales inputs by how large they are.
         group_size: neighbouring inputs that share a scale, with 4 bits.
         embedding_bits: of the embedding and the head: 8, 4, "fp8", or None: they stay; default: as `bits`.
-        modules_to_not_convert: names of modules that stay as they are.
+        modules_to_not_convert: names of modules that stay as they are, with all that is inside of them.
         version: of the stored format.
 
     Raises:
@@ -194,7 +196,10 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
         elif isinstance(module, QuantizedHead):
             replace(model, name, nn.Linear(module.in_features, module.out_features, bias=False, device="meta"))
         elif isinstance(module, (QuantizedExperts, QuantizedLowRankExperts)):
-            raise NotImplementedError(f"{name}: experts are not made whole again; keep the checkpoint that was quantized")
+            kind = DeepseekR1Experts if isinstance(module, QuantizedExperts) else DeepseekR1LowRankExperts
+            with torch.device("meta"):
+                empty = kind(model.config.get_text_config(), int(re.search(r"layers\.(\d+)\.", name)[1]))
+            replace(model, name, plain_experts(module, empty, dtype))
     model._tied_weights_keys = type(model)._tied_weights_keys
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights(recompute_mapping=False)

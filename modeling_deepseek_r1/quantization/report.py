@@ -58,7 +58,7 @@ class QuantizationReport:
     Attributes:
         destination: the folder. config: what was asked for, as in config.json.
         tokens: of the calibration text.
-        bytes_before, bytes_after: of the files of weights.
+        bytes_before, bytes_after: of all weights, and of the files that were written.
         share_of_bfloat16: `bytes_after` over two bytes for every weight of the source.
         matrices, layers: see `MatrixRecord` and `LayerRecord`; layers are compared on a text only.
         notes: what was done about the remains of an earlier, interrupted run.

@@ -16,6 +16,7 @@ UNTOUCHED = re.compile(
     r"(^|\.)(router|global_tokens|shared_expert_gate|bridge|fusion|\w*adapter|adapters|task_gate|expert_adapter)(\.|$)"
 )
 """Parts that are small and decide much: routers, gates, centroids, and what joins modalities."""
+ADAPTER = re.compile(r"\.(lora_\w+|base_layer|expert_adapter)$")
 
 REPLACEMENTS = {
     nn.Linear: QuantizedLinear,
@@ -53,10 +54,19 @@ def targets(model: PreTrainedModel, config) -> list[Target]:
         config: a `DeepseekR1QuantizationConfig`.
 
     Raises:
-        ValueError: nothing is there to be quantized, groups that do not divide a layer's inputs, or adapters that have not
-            been merged.
+        ValueError: nothing is there to be quantized, groups that do not divide a layer's inputs, a module to be kept that does
+            not exist, or adapters that have not been merged.
     """
+    names = [name for name, _ in model.named_modules()]
+    adapter = next((name for name in names if ADAPTER.search(name)), None)
+    if adapter is not None:
+        raise ValueError(f"{adapter} belongs to an adapter; merge it first, or quantize the model before it gets adapters")
+    unknown = sorted(set(config.modules_to_not_convert) - set(names))
+    if unknown:
+        raise ValueError(f"modules_to_not_convert: the model has no module {unknown[0]!r}")
     found = [*_embeddings(model, config), *_inside_blocks(model, config)]
+    kept = tuple(f"{name}." for name in config.modules_to_not_convert)
+    found = [target for target in found if not f"{target.name}.".startswith(kept)] if kept else found
     if not found:
         raise ValueError(f"{type(model).__name__} has nothing that could be quantized")
     for target in found:
@@ -91,10 +101,8 @@ def _embeddings(model: PreTrainedModel, config) -> list[Target]:
 def _inside_blocks(model: PreTrainedModel, config) -> list[Target]:
     found = []
     for name, module in model.named_modules():
-        if ".lora_" in name or ".base_layer" in name:
-            raise ValueError(f"{name} belongs to an adapter; merge it first, or quantize the model before it gets adapters")
         is_block_part = re.search(r"(^|\.)(layers?|blocks?|h)\.\d+\.", name) is not None
-        if not is_block_part or UNTOUCHED.search(name) or name in config.modules_to_not_convert:
+        if not is_block_part or UNTOUCHED.search(name):
             continue
         if type(module) in (nn.Linear, DeepseekR1Experts, DeepseekR1LowRankExperts):
             found.append(Target(name, module, config.format, config.input_scales))

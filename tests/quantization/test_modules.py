@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1QuantizationConfig
 from modeling_deepseek_r1.quantization.formats import Format, encode, fit_grid
 from modeling_deepseek_r1.quantization.modules import PackedMatrices, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
-from modeling_deepseek_r1.quantization.quantizer import dequantize
 from modeling_deepseek_r1.quantization.run import quantize_model
 from tests.models import random_ids, tiny_model
 
@@ -138,9 +136,10 @@ def test_loading_can_round_too(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, "fp8"])
 def test_adapters_train_on_frozen_stored_weights(bits):
+    peft = pytest.importorskip("peft")
     model, _ = quantized("mixed", bits)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     ids = random_ids(2, 20)
     model(ids, labels=ids).loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -155,10 +154,14 @@ def test_adapters_train_on_frozen_stored_weights(bits):
         model.merge_and_unload()
 
 
-def test_plain_weights_can_be_made_again():
-    model, _ = quantized("mixed", tie_word_embeddings=True, method="awq", windows=random_ids(2, 30))
+@pytest.mark.parametrize("pattern", ["experts", "low_rank_experts"])
+def test_plain_weights_can_be_made_again(pattern, tmp_path):
+    model, _ = quantized(pattern, tie_word_embeddings=True, method="awq", windows=random_ids(2, 30))
     ids = random_ids(1, 20)
     expected = model(ids).logits
-    dequantize(model, torch.float32)
+    model.dequantize()
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = DeepseekR1ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits) and not hasattr(again.config, "quantization_config")
