@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be more than 0")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port} must lie in 0 ... 65535")
+    if not 0 <= args.canary_share <= 1:
+        raise ValueError(f"--canary-share {args.canary_share:g} must lie in 0 ... 1")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads {args.threads} must be at least 1")
     key = api_key(args.api_key_file)

@@ -311,9 +311,9 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         ids = torch.tensor([job.ids], device=self.model.device)
-        inputs = {name: tensor.to(self.model.device) for name, tensor in job.inputs.items()}
-        job.inputs.clear()  # not only here: whoever waits for the answer holds them too
         try:
+            inputs = {name: tensor.to(self.model.device) for name, tensor in job.inputs.items()}
+            job.inputs.clear()  # not only here: whoever waits for the answer holds them too
             prepared = prepare(self.model, ids, {**job.options, **self._never, **inputs})
             wave = JobWave(*prepared, [Candidate() for _ in range(job.choices)], self._generator(job), job)
             prefill = self._busy.read(wave)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = HERE.parents[1]
+START_SECONDS = 600
+"""Like the start period of the health check."""
 NOT_IMITATED = {"FROM", "WORKDIR", "USER", "EXPOSE", "STOPSIGNAL"}
 
 
@@ -125,7 +127,7 @@ def try_out(checkpoint: Path, folder: Path, prompt: str = "Hello") -> int:
         port = free.getsockname()[1]
     variables = {"CHECKPOINT": str(checkpoint.resolve()), "PORT": str(port), "DEEPSEEK_R1_API_KEY": secrets.token_hex(16)}
     with container(image, **variables) as process:
-        wait_until_healthy(image, process, 120, **variables)
+        wait_until_healthy(image, process, START_SECONDS, **variables)
         print(json.dumps(complete(port, variables["DEEPSEEK_R1_API_KEY"], prompt), ensure_ascii=False))
     return process.returncode
 
