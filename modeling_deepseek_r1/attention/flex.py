@@ -20,6 +20,8 @@ from .routed import Routing
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""
+MAX_COMPILATIONS = 64
+"""Every pattern is compiled about three times: for its first length, for another one, and for all longer ones."""
 
 
 @cache
@@ -50,7 +52,7 @@ def flex_pattern_attention(
     Raises:
         NotImplementedError: gradients are needed on a CPU.
     """
-    _check_gradients(query, key, value)
+    _check_gradients(query, key, value, *([routing.log_gate] if routing is not None else []))
     if not torch.is_grad_enabled():
         # On a CPU it refuses tensors that could have a gradient, even where none is computed.
         query, key, value = query.detach(), key.detach(), value.detach()
@@ -76,7 +78,8 @@ def flex_pattern_attention(
     heads = query.shape[1] if isinstance(routing, Routing) else 1
     blocks = block_mask(visible, query.shape[0], heads, query.shape[2], key.shape[2], query.device)
     score_mod = gated if remote is not None else None
-    return compiled_flex()(query, key, value, score_mod, blocks, scale, query.shape[1] != key.shape[1])
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+        return compiled_flex()(query, key, value, score_mod, blocks, scale, query.shape[1] != key.shape[1])
 
 
 def _check_gradients(*states: torch.Tensor) -> None:
