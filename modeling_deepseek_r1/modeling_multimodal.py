@@ -93,8 +93,9 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         return self.language_model.routers
 
     def make_cache_layer(self, *args):
-        """The cache layer that a decoder layer needs."""
-        return self.language_model.make_cache_layer(*args)
+        """The cache layer that a decoder layer needs; not for compiled steps, because where features go depends on the ids."""
+        (layer := self.language_model.make_cache_layer(*args)).is_compileable = False
+        return layer
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[features, hidden]`, image after image, of `[images, 3, height, width]`."""

@@ -134,6 +134,7 @@ def test_chat_command(checkpoint, capsys, monkeypatch):
         (["--temperature", "-1"], "--temperature -1.0 must be 0"),
         (["--top-p", "1.5"], r"--top-p 1.5 must lie in (0, 1]"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--compile", "--image", "a.png"], "--compile is for texts"),
     ],
 )
 def test_generate_refuses_nonsense_in_one_line(checkpoint, arguments, message, capsys):

@@ -353,8 +353,9 @@ def adopt_cache(
     length, kinds = _static_length(layers), []
     cache.layers = [make_layer(layer_idx, recording, length) for layer_idx in range(num_layers)]
     for layer, old in zip(cache.layers, layers, strict=False) if length else ():
-        kinds += [] if layer.pattern in kinds else [layer.pattern]
-        layer.kind = kinds.index(layer.pattern)
+        kind = layer.pattern, layer.slots.total
+        kinds += [] if kind in kinds else [kind]
+        layer.kind = kinds.index(kind)
         if old.is_initialized:
             layer.lazy_initialization(old.keys, old.values)
             layer.close()

@@ -79,7 +79,7 @@ class StaticPatternLayer(CacheLayerMixin):
     Attributes:
         keys, values: `[B, G, slots, D]`; clusters: `[B, G, slots, 1]` int32, or None.
         next_positions: `[B, 1]`; seen: `[]`, tokens given to this layer so far, padding included. Tensors like the others.
-        kind: layers with the same number have the same pattern.
+        kind: layers with the same number have the same pattern and slots.
     """
 
     is_croppable = False
@@ -120,7 +120,7 @@ class StaticPatternLayer(CacheLayerMixin):
         """Adds the keys `[B, G, Q, D]` of the new tokens; returns those to attend to: of the open layer, or all slots.
 
         Raises:
-            ValueError: gradients are asked for, more tokens than the cache was made for, or rows of another number.
+            ValueError: gradients are asked for, or more tokens than the cache was made for.
         """
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("a static cache has no gradients: call the model under torch.no_grad(), or pass a DynamicCache()")

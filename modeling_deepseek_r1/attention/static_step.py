@@ -23,7 +23,7 @@ class StaticLayout:
     Attributes:
         positions: `[B, Q]` position in the document, -1 = padding.
         before, after: `[B, 1]` position of the next token before and after this forward.
-        masks: those already made in this forward, by the number of the pattern (`StaticLayer.kind`).
+        masks: those already made in this forward, by `StaticPatternLayer.kind`.
     """
 
     positions: torch.Tensor
