@@ -124,7 +124,7 @@ def main() -> None:
     rows = [token_windows(pair[0], num_windows=min(-(-args.steps // 2), len(pair[0]) // args.length), **sizes) for pair in texts.values()]  # fmt: skip
     held_out = {name: token_windows(pair[1], num_windows=args.windows, **sizes) for name, pair in texts.items()}
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    saved = args.output.with_suffix(".state.pt")
+    saved = MODELS / f"{args.output.stem}.state.pt"
     done = torch.load(saved, weights_only=False) if saved.exists() else None
     if done is not None and done["settings"] == settings:
         seconds, measurements = done["seconds"], done["measurements"]

@@ -20,7 +20,7 @@ PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
-    "smollm2_ablation": "benchmark_ablation.py",
+    "smollm2_ablation": "benchmark_ablation.py --length 96 --window 16 --stride 8 --memory 8 --every 100",
     "dynamic_k": "benchmark_dynamic_k.py",
     "expert_blocks": "benchmark_experts.py --blocks",
     "expert_cache": "benchmark_expert_cache.py",

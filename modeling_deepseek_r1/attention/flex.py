@@ -20,14 +20,14 @@ from .routed import Routing
 
 BLOCK = 128
 """Queries and keys of a block of the mask."""
-MAX_COMPILATIONS = 64
-"""Every pattern is compiled about three times: for its first length, for another one, and for all longer ones."""
+MAX_COMPILATIONS = 1024
+"""On a CPU every length is compiled for itself: with lengths left open, inductor's code for it does not compile."""
 
 
 @cache
-def compiled_flex() -> Callable:
+def compiled_flex(device_type: str) -> Callable:
     """flex_attention, compiled. It raises where it would otherwise give up compiling and fill the memory."""
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
 
 
 def flex_pattern_attention(
@@ -79,7 +79,8 @@ def flex_pattern_attention(
     blocks = block_mask(visible, query.shape[0], heads, query.shape[2], key.shape[2], query.device)
     score_mod = gated if remote is not None else None
     with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
-        return compiled_flex()(query, key, value, score_mod, blocks, scale, query.shape[1] != key.shape[1])
+        compiled = compiled_flex(query.device.type)
+        return compiled(query, key, value, score_mod, blocks, scale, query.shape[1] != key.shape[1])
 
 
 def _check_gradients(*states: torch.Tensor) -> None:
