@@ -29,7 +29,7 @@ COMMANDS = {
     "experts_training_step": "benchmark_training_step.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
-    "smollm2_decode_engines": "benchmark_decode_engines.py",
+    "smollm2_decode_engines": "benchmark_decode_engines.py --dtypes bfloat16 --llama PYTHON",
     "smollm2_experts_training": "benchmark_training.py",
     "smollm2_grpo": "train_grpo.py",
     "smollm2_healing": "benchmark_healing.py",
