@@ -32,7 +32,7 @@ COMMANDS = {
     "progressive_sparsity": "benchmark_progressive.py",
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
-    "smollm2_decode_engines": "benchmark_decode_engines.py",
+    "smollm2_decode_engines": "benchmark_decode_engines.py --dtypes bfloat16 --llama PYTHON",
     "smollm2_experts_training": "benchmark_training.py",
     "smollm2_grpo": "train_grpo.py",
     "smollm2_healing": "benchmark_healing.py",
