@@ -115,7 +115,7 @@ def table(result: dict) -> str:
     segments = cells.get("piecewise", {}).get("rope_parameters", {}).get("segments")
     return "\n".join(lines) + (
         f"\n\nOne document of {settings['tokens']:,} tokens, read at once; the error is that of blocks of {settings['block']} tokens of"
-        f" it. Time: seconds of one thread.{f' Piecewise: {segments}, chosen on another text.' if segments else ''}\n"
+        f" it. Time: CPU seconds of one thread. Yarn: factor 2. Segments of 8,192 tokens, of which 4,096 overlap, positions reset.{f' Piecewise: {segments}, chosen on another text.' if segments else ''}\n"
     )
 
 
