@@ -41,6 +41,7 @@ from modeling_deepseek_r1.quantization.run import quantize_checkpoint, quantize_
 MODELS = Path(".cache/benchmark")
 TRAINED = MODELS / "two_domains_experts_and_MLPs_300_steps"
 VARIANTS = [
+    (8, "gptq", None),
     (8, "rtn", None),
     ("fp8", "rtn", None),
     *((4, method, size) for size in (32, 64) for method in ("rtn", "gptq", "awq")),
