@@ -3,8 +3,10 @@
 python scripts/benchmark_quantization.py            goes on where an earlier call was interrupted; MODELS holds the models
 
 The packaged SmolLM2 has 4-bit weights already (8-bit ones in the embedding), which other 4-bit formats of the same groups nearly
-give back. So it is measured "rotated": norms are multiplied into the matrices behind them and the residual stream is turned by a
-random orthogonal matrix, which is the same function of weights that lie on no grid; head and embedding are then two matrices.
+give back. So it is measured "dithered": every weight is moved by up to half a step of its group, where the weights that were once
+rounded may have been. "rotated" (not by default) is a harder case: norms are multiplied into the matrices behind them and the
+residual stream is turned by a random orthogonal matrix, which is the same function of weights that lie on no grid, but shares what
+the norms have kept small among all inputs; head and embedding are then two matrices.
 "trained" is the model of `scripts/benchmark_training.py` (low-rank experts, trained in float32 with the MLPs that they share), if
 it is there; its attention is still that of the 4-bit source. Calibration reads the first half of the text; perplexity and the
 standard error of its change over windows are those of the second half. "sentences" are MiniLM's neighbours: which of the sections
@@ -41,10 +43,30 @@ from modeling_deepseek_r1.quantization.run import quantize_checkpoint, quantize_
 MODELS = Path(".cache/benchmark")
 TRAINED = MODELS / "two_domains_experts_and_MLPs_300_steps"
 VARIANTS = [
+    (8, "gptq", None),
     (8, "rtn", None),
     ("fp8", "rtn", None),
     *((4, method, size) for size in (32, 64) for method in ("rtn", "gptq", "awq")),
 ]
+
+
+@torch.no_grad()
+def dithered(folder: Path) -> Path:
+    """SmolLM2 with noise as large as the rounding of its weights, see above."""
+    if folder.exists():
+        return folder
+    dense = folder.with_name("dense_for_dithering")
+    convert_checkpoint(packaged_checkpoint(), dense, dtype="float32", overwrite=True)
+    model, generator = DeepseekR1ForCausalLM.from_pretrained(dense, dtype=torch.float32), torch.Generator().manual_seed(0)
+    for weight in model.model.layers.parameters():
+        if weight.dim() == 2:
+            groups = weight.unflatten(-1, (-1, 32))
+            steps = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+            groups += steps * (torch.rand(groups.shape, generator=generator) - 0.5)
+    model.save_pretrained(folder)
+    load_tokenizer(dense).save_pretrained(folder)
+    shutil.rmtree(dense)
+    return folder
 
 
 @torch.no_grad()
@@ -159,7 +181,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="windows of the held-out text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--calibration-windows", type=int, default=16, help="of the other half (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", default=["rotated", "trained", "sentences"])
+    parser.add_argument("--models", nargs="+", default=["dithered", "trained", "sentences"])
     parser.add_argument("--variants", nargs="+", default=[], help="only these, e.g. 'int4 gptq g32' (default: all)")
     parser.add_argument("--trained", type=Path, default=TRAINED, help="the trained model")
     parser.add_argument("--threads", type=int)
@@ -182,7 +204,8 @@ def main() -> None:
         if before["settings"] != settings:
             raise SystemExit(f"{options.output} was measured with {before['settings']}; remove it, or choose another --output")
         result["models"] = before["models"]
-    sources = {"rotated": lambda: rotated(MODELS / "rotated"), "trained": lambda: options.trained}
+    sources = {"trained": lambda: options.trained}
+    sources |= {make.__name__: lambda make=make: make(MODELS / make.__name__) for make in (dithered, rotated)}
     for name in options.models:
         cells = result["models"].setdefault(name, {})
         save = lambda: write_report(result, options.output)  # noqa: E731
