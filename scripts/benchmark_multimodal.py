@@ -113,9 +113,9 @@ def train(model, collate: Collate, tasks: dict, examine: Examine, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=750, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=460, help="of training (default: %(default)s)")
     parser.add_argument(
-        "--decay-steps", type=int, default=150, help="at the end, in which the rate falls (default: %(default)s)"
+        "--decay-steps", type=int, default=100, help="at the end, in which the rate falls (default: %(default)s)"
     )
     parser.add_argument(
         "--every", type=int, default=150, help="steps between accuracies of some questions (default: %(default)s)"
