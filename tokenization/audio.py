@@ -78,7 +78,10 @@ def read_audio(audio, what: str, target: int, sampling_rate: int | None) -> np.n
             `what`.
     """
     if isinstance(audio, (str, Path)):
-        audio, sampling_rate = read_sound(audio)
+        try:
+            audio, sampling_rate = read_sound(audio)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
     elif isinstance(audio, Mapping):
         audio, sampling_rate = audio["array"], audio.get("sampling_rate", sampling_rate)
     samples = np.asarray(audio, dtype=np.float32)

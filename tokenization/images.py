@@ -74,7 +74,10 @@ def read_video(video, what: str, max_frames: int | None) -> Video:
         ImportError: a path, and PyAV is not installed.
     """
     if isinstance(video, (str, Path)):
-        video = Video(*decode_video(video, max_frames))
+        try:
+            video = Video(*decode_video(video, max_frames))
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
     if isinstance(video, Mapping):
         video = Video(video.get("frames", []), video.get("timestamps"))
     if not isinstance(video, Video):

@@ -71,6 +71,7 @@ def test_gradients_on_a_cpu_are_refused_before_anything_runs(monkeypatch):
         tiny_model("sinks", "flex_attention")(random_ids(1, 20))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_compiled_it_gives_the_same():
     for name, lengths in (("sinks", (150, 200)), ("global", (150,))):

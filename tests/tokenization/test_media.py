@@ -44,12 +44,12 @@ def test_sound_that_is_no_pcm_wav(name, codec, tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no film")
-    with pytest.raises(ValueError, match="a.mp4 cannot be decoded"):
+    with pytest.raises(ValueError, match="video 0: .*a.mp4 cannot be decoded"):
         read_video(tmp_path / "a.mp4", "video 0", None)
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="video 0: http.* is not a file"):
         read_video("http://127.0.0.1:9/a.mp4", "video 0", None)
     sound = write_sound(tmp_path / "a.flac", "flac", np.zeros(4000, np.int16), 16000)
-    with pytest.raises(ValueError, match="a.flac has no video stream"):
+    with pytest.raises(ValueError, match="video 0: .*a.flac has no video stream"):
         read_video(sound, "video 0", None)
-    with pytest.raises(ValueError, match="a.wav is not a file"):
+    with pytest.raises(ValueError, match="audio 0: .*a.wav is not a file"):
         read_audio(tmp_path / "a.wav", "audio 0", 16000, None)

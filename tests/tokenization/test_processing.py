@@ -104,7 +104,7 @@ def test_conversations(processor, tmp_path):
     assert inputs["input_ids"].shape[0] == 2 and not inputs["attention_mask"].all()
     ids = processor.apply_chat_template(messages[2:], tokenize=True)
     assert torch.equal(ids, processor(text=processor.apply_chat_template(messages[2:]))["input_ids"])
-    with pytest.raises(ValueError, match="video 0 is a str without timestamps; give .*'frames'"):
+    with pytest.raises(ValueError, match="video 0: film.mp4 is not a file"):
         film = [{"role": "user", "content": [{"type": "video", "path": "film.mp4"}]}]
         processor.apply_chat_template(film, tokenize=True)
     with pytest.raises(ValueError, match="a block of type 'smell'; known are"):
