@@ -28,7 +28,7 @@ class DeepseekR1TrainingArguments(TrainingArguments):
     quantization_aware: dict | str | None = field(
         default=None, metadata={"help": "Train with rounded weights: settings of DeepseekR1QuantizationConfig."}
     )
-    include_num_input_tokens_seen: str | bool = field(
+    include_num_input_tokens_seen: str = field(
         default="non_padding",
         metadata={"help": "Whether to count the tokens seen, for tokens per second: all, non_padding or no."},
     )

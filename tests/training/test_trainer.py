@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_deepseek_r1 import DeepseekR1ForSequenceClassification
@@ -177,3 +177,10 @@ def test_impossible_arguments(tmp_path):
         DeepseekR1TrainingArguments(str(tmp_path), centroid_decay=1.5)
     with pytest.raises(ValueError, match="fp16=True: mixed precision in float16 needs an accelerator"):
         make_arguments(tmp_path, fp16=True)
+
+
+def test_arguments_of_a_script(tmp_path):
+    (arguments,) = HfArgumentParser(DeepseekR1TrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--centroid_decay", "0.9", "--use_cpu"]
+    )
+    assert (arguments.centroid_decay, arguments.include_num_input_tokens_seen) == (0.9, "non_padding")
