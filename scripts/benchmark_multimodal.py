@@ -160,11 +160,6 @@ def main() -> None:
     some = {"pictures": rows["pictures"][:200], "held-out words": rows["held-out words"]}
     training = train(adapted, collate, tasks, Examine(some, collate, args.every), args)
     model = adapted.merge_and_unload().eval()
-    model.model.vision_tower, model.model.audio_tower = towers
-    if args.save:
-        model.save_pretrained(args.save)
-        processor.save_pretrained(args.save)
-    model.model.vision_tower, model.model.audio_tower = Precomputed(), Precomputed()
     results = {}
     for name, own in rows.items():
         results[name] = {"own": answer(model, collate, own)}
@@ -188,6 +183,10 @@ def main() -> None:
     elif "controls" in known:
         report["controls"] = known["controls"]
     write_report(report, args.output)
+    if args.save:
+        model.model.vision_tower, model.model.audio_tower = towers
+        model.save_pretrained(args.save)
+        processor.save_pretrained(args.save)
 
 
 if __name__ == "__main__":
