@@ -3,7 +3,7 @@
 python scripts/benchmark_dynamic_k.py            goes on where an earlier call was interrupted; MODELS holds what is done
 
 "trained": the upper 15 layers have 8 experts, copies of the MLP trained for some steps on code and prose; a token has 2, or, with
-thresholds, 1 or 2. "adapted": the same after some more steps, in which the thresholds are moved to a mean of 1.3. "cut": the MLPs of all layers cut into groups of neurons that are active together (moe/split.py), not trained;
+thresholds, 1 or 2. "cut": the MLPs of all layers cut into groups of neurons that are active together (moe/split.py), not trained;
 thresholds leave out what a router, fitted to the same text, thinks small. Measured on held-out text of both kinds in turn:
 perplexity, mean number of active experts, and the time of the sparse blocks in a prefill, beside the same model with all of its
 experts active, in turn; and the perplexity with a number of experts that is the same for every token.
@@ -12,7 +12,6 @@ experts active, in turn; and the perplexity with a number of experts that is the
 import argparse
 import json
 import math
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +38,6 @@ from modeling_deepseek_r1.moe.split import set_active_share, split_mlps
 from modeling_deepseek_r1.training import Recipe, fit_thresholds, last_checkpoint, train_checkpoint
 
 MODELS = Path(".cache/benchmark")
-TARGET = 1.3
-"""Mean number of active experts that "adapted" is trained for."""
 COPIES = {"num_experts": 8, "num_experts_per_tok": 2, "expert_layers": list(range(15, 30))}
 TRAINING = {
     **{"length": 256, "packing": "concatenate", "batch_size": 1, "accumulation": 1, "save_steps": 100, "epochs": 9.0},
@@ -101,8 +98,8 @@ def set_all(model, thresholds: list[torch.Tensor] | None) -> None:
         router.threshold.copy_(torch.zeros(()) if thresholds is None else thresholds[number])
 
 
-def trained_copies(texts: dict[str, tuple[Path, Path]], steps: int, adapted: int = 0):
-    """The model whose experts are copies of the MLP, after so many steps, and `adapted` further ones with moving thresholds."""
+def trained_copies(texts: dict[str, tuple[Path, Path]], steps: int):
+    """The model whose experts are copies of the MLP, after so many steps, its thresholds at zero."""
     start, folder = MODELS / "two_domains_copies", MODELS / f"two_domains_copies_{steps}_steps"
     if not start.exists():
         domain_texts = {domain: str(own) for domain, (own, _) in texts.items()}
@@ -112,16 +109,6 @@ def trained_copies(texts: dict[str, tuple[Path, Path]], steps: int, adapted: int
         recipe = Recipe().changed({**TRAINING, **settings, "max_steps": steps})
         resume = last_checkpoint(folder.with_name(f"{folder.name}-run")) is not None
         print(train_checkpoint(recipe, resume=resume).summary(), flush=True)
-    if adapted:
-        start, folder = MODELS / "two_domains_thresholds", folder.with_name(f"{folder.name}_adapted_{adapted}")
-        if not folder.exists():
-            shutil.copytree(MODELS / f"two_domains_copies_{steps}_steps", start, dirs_exist_ok=True)
-            config = AutoConfig.from_pretrained(start)
-            config.routing = config.routing | {"min_experts_per_tok": 1, "target_experts_per_tok": TARGET}
-            config.save_pretrained(start)
-            settings = {"model": str(start), "data": [str(MODELS / "two_domains" / "train.jsonl")], "output": str(folder)}
-            recipe = Recipe().changed({**TRAINING, **settings, "max_steps": adapted, "seed": 1})
-            print(train_checkpoint(recipe, overwrite=True).summary(), flush=True)
     config = AutoConfig.from_pretrained(folder)
     config.routing = config.routing | {"min_experts_per_tok": 1}
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
@@ -153,12 +140,11 @@ def measure(model, beside: dict, held_out: torch.Tensor, repeats: int, before: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ["trained", "adapted", "cut"]
+    kinds = ["trained", "cut"]
     parser.add_argument(
         "--models", nargs="+", choices=kinds, default=kinds, help="of which the result keeps others (default: all)"
     )
     parser.add_argument("--steps", type=int, default=200, help="of training (default: %(default)s)")
-    parser.add_argument("--adapted", type=int, default=60, help="further steps with thresholds (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=16, help="that an MLP is cut into (default: %(default)s)")
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.9, 0.8, 0.65, 0.5], help="of active experts")
     parser.add_argument("--fit-windows", type=int, default=8, help="windows to fit on (default: %(default)s)")
@@ -179,10 +165,7 @@ def main() -> None:
     result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": vars(args), "models": known}
     for name in args.models:
         dense = load_model(folder) if name == "cut" else None
-        if name == "cut":
-            model = split_mlps(dense, fitted, args.experts)
-        else:
-            model = trained_copies(texts, args.steps, args.adapted * (name == "adapted"))
+        model = split_mlps(dense, fitted, args.experts) if name == "cut" else trained_copies(texts, args.steps)
         print(name, flush=True)
         before, _ = quality(model, held_out)
         found = result["models"][name] = {"perplexity": before, "cells": []}
