@@ -103,7 +103,7 @@ def pictures(dense: Path) -> None:
     made, trained, data = RUNS / "smollm2-seeing", RUNS / "smollm2-seeing-trained", RUNS / "pictures.jsonl"
     folder = packaged_file("easy_vqa", "data")
     with data.open("w") as file:
-        for question, answer, image in json.loads((folder / "train/questions.json").read_text())[:480]:
+        for question, answer, image in json.loads((folder / "train/questions.json").read_text())[:240]:
             content = [{"type": "image"}, {"type": "text", "text": question}]
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages, "images": [str(folder / f"train/images/{image}.png")]}) + "\n")
