@@ -107,38 +107,16 @@ def pictures(dense: Path) -> None:
             content = [{"type": "image"}, {"type": "text", "text": question}]
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages, "images": [str(folder / f"train/images/{image}.png")]}) + "\n")
+    vision = dinov2_small(RUNS / "dinov2-small")
     step(
         "Join it with an encoder of images: text alone is still the same function",
-        *(
-            "compose",
-            dense,
-            made,
-            "--vision",
-            dinov2_small(RUNS / "dinov2-small"),
-            "--bridge-layers",
-            "10",
-            "20",
-            "--overwrite",
-        ),
+        *("compose", dense, made, "--vision", vision, "--bridge-layers", "10", "20", "--overwrite"),
         *("--image-size", "84", "--vision-downsampling", "2"),
     )
     step(
-        "Train what joins them, and adapters, for a minute or two (README.md has the figures of a longer training)",
-        *(
-            "train",
-            made,
-            data,
-            "--output",
-            trained,
-            "--overwrite",
-            "--max-steps",
-            "30",
-            "--batch-size",
-            "16",
-            "--packing",
-            "none",
-        ),
-        *("--accumulation", "1", "--learning-rate", "1e-3", "--lora-rank", "8"),
+        "Train what joins them, and adapters, for a minute or two; scripts/benchmark_multimodal.py does it for an hour",
+        *("train", made, data, "--output", trained, "--overwrite", "--max-steps", "30", "--packing", "none"),
+        *("--batch-size", "8", "--accumulation", "1", "--learning-rate", "1e-3", "--lora-rank", "8"),
     )
     question, answer, image = json.loads((folder / "test/questions.json").read_text())[1]
     step(
