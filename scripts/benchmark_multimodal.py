@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from modeling_deepseek_r1.conversion import compose_checkpoint, convert_checkpoint
 from modeling_deepseek_r1.evaluation import FORMAT_VERSION, environment, write_report
-from modeling_deepseek_r1.training.trainable import JOINTS, add_adapters
+from modeling_deepseek_r1.training.trainable import add_adapters
 
 MODELS = Path(".cache/benchmark/multimodal")
 PARTS = ("gate", "bridge", "routing")
@@ -58,7 +58,6 @@ def trainable(model, rank: int, without: str | None):
     if without == "routing":
         for router in model.model.routers:
             torch.nn.init.zeros_(router.domain_gate.modality_bias)
-    joints = [name for name in JOINTS if name != without]
     adapted, _ = add_adapters(model, rank=rank, targets=["attention", "router"])
     for name, parameter in adapted.named_parameters():
         if "_proj_a" in name or "_proj_b" in name:
@@ -66,7 +65,7 @@ def trainable(model, rank: int, without: str | None):
         elif without == "routing" and "modality_bias" in name:
             parameter.requires_grad_(False)
     count = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    print(f"trains {count:,} weights: adapters of rank {rank}, experts, routers, {', '.join(joints)}", flush=True)
+    print(f"trains {count:,} weights", flush=True)
     return adapted, count
 
 

@@ -4,7 +4,6 @@ Mixtral's and Qwen3-MoE's blocks run on the parameters of ours and must give the
 expert; it stands beside a block of ours that has one too.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from ..configuration import DeepseekR1TextConfig
 from ..moe.block import DeepseekR1SparseMoeBlock
 from .attention_speed import in_turn
-from .expert_speed import CALL_TOKENS, IMPLEMENTATIONS, _every, _largest_error, _per_call
+from .expert_speed import CALL_TOKENS, IMPLEMENTATIONS, every_set, per_call, relative_error
 
 OURS = {"Mixtral": "ours", "Qwen3-MoE": "ours", "DeepSeek-V3": "ours, shared expert"}
 """Family -> the block of ours that it stands beside."""
@@ -73,8 +72,7 @@ class _Blocks:
         runs = {name: (lambda rows, block=block: block(rows)[0], list(block.parameters())) for name, block in self.ours.items()}
         for family, block in self.families.items():
             for name in names:
-                own = copy.copy(block)
-                runs[f"{family}, {name}"] = (self._through(own, self.configs[family], name), list(block.parameters()))
+                runs[f"{family}, {name}"] = (self._through(block, self.configs[family], name), list(block.parameters()))
         return runs
 
     @staticmethod
@@ -118,11 +116,11 @@ def measure_blocks(
         variants = blocks.variants(names)
         with torch.no_grad():
             for name, (run, _) in variants.items():
-                error = _largest_error([run(rows)], [variants["ours"][0](rows)])
+                error = relative_error([run(rows)], [variants["ours"][0](rows)])
                 if name.startswith(("Mixtral", "Qwen3")) and error > LARGEST_ERROR:
                     raise RuntimeError(f"{name} gives something else than our block: relative difference {error:.1e}")
-            forward = in_turn({name: _every(run, sets) for name, (run, _) in variants.items()}, repeats)
-        forward = {name: _per_call(taken, len(sets)) for name, taken in forward.items()}
+            forward = in_turn({name: every_set(run, sets) for name, (run, _) in variants.items()}, repeats)
+        forward = {name: per_call(taken, len(sets)) for name, taken in forward.items()}
         both = {}
         if count in backward_tokens:
             both = in_turn({name: _step(*variant, rows) for name, variant in variants.items()}, repeats)

@@ -146,20 +146,22 @@ def _cell(layer: _Layer, tokens: int, names: Sequence[str], backward: bool, repe
     variants = layer.variants(names)
     with torch.no_grad():
         outcomes = {name: [run(*sets[0])] for name, (run, _) in variants.items()}
-        forward = in_turn({name: _every(run, sets) for name, (run, _) in variants.items()}, repeats)
+        forward = in_turn({name: every_set(run, sets) for name, (run, _) in variants.items()}, repeats)
     both = {}
     if backward:
         steps = {name: _step(*variant, *sets[0]) for name, variant in variants.items()}
         outcomes = {name: [*outcomes[name], *step()] for name, step in steps.items()}
         both = in_turn(steps, repeats)
-    forward = {name: _per_call(taken, len(sets)) for name, taken in forward.items()}
-    errors = {name: _largest_error(outcomes[name], outcomes["ours"]) for name in names}
+    forward = {name: per_call(taken, len(sets)) for name, taken in forward.items()}
+    errors = {name: relative_error(outcomes[name], outcomes["ours"]) for name in names}
     return ExpertCell(
         tokens, str(layer.dtype).removeprefix("torch."), forward, both, _speedups(forward), _speedups(both), errors
     )  # fmt: skip
 
 
-def _every(run: Callable, sets: Sequence[tuple[torch.Tensor, ...]]) -> Callable:
+def every_set(run: Callable, sets: Sequence[tuple[torch.Tensor, ...]]) -> Callable:
+    """A function that runs on all sets of inputs."""
+
     def call():
         for inputs in sets:
             run(*inputs)
@@ -167,7 +169,8 @@ def _every(run: Callable, sets: Sequence[tuple[torch.Tensor, ...]]) -> Callable:
     return call
 
 
-def _per_call(taken: Measurement, calls: int) -> Measurement:
+def per_call(taken: Measurement, calls: int) -> Measurement:
+    """The time of one of so many calls."""
     return Measurement.of([sample / calls for sample in taken.samples])
 
 
@@ -179,7 +182,8 @@ def _step(run: Callable, parameters: list[nn.Parameter], hidden_states, weights,
     return lambda: torch.autograd.grad(run(tracked, traced, index), [*parameters, tracked], direction)
 
 
-def _largest_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference over the largest expected value, of the worst pair."""
     pairs = zip(actual, expected, strict=True)
     return max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
 
