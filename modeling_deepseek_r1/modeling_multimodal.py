@@ -5,7 +5,6 @@ Each modality has a placeholder token. What its encoder makes of an input is fus
 its text model, bit for bit.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -22,16 +21,16 @@ from .multimodal.adapter import AudioAdapter, ImageAdapter, RowEncoder
 from .multimodal.alignment import BridgeMemory, alignment_loss, cross_modal_consistency, gather_memory, pooled
 from .multimodal.bridge import DeepseekR1Bridge
 from .multimodal.fusion import GatedFusion, place_features
-from .multimodal.inputs import ENCODER_INPUTS, JOINED_INPUTS, DeepseekR1MultimodalOutput, Joined
-from .multimodal.parts import (
-    extended_config,
-    extended_rows,
-    extended_weights,
-    load_audio,
-    load_vision,
-    prefer_domains,
-    scale_features,
+from .multimodal.inputs import (
+    ALIGNED,
+    ENCODER_INPUTS,
+    JOINED_INPUTS,
+    DeepseekR1MultimodalOutput,
+    Joined,
+    encoded_features,
+    span_means,
 )
+from .multimodal.parts import composed, load_audio, load_vision
 from .multimodal.towers import AudioTower, VisionTower
 
 
@@ -112,6 +111,19 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         """`[features, hidden]`, row after row; arguments as in `RowEncoder`."""
         return self.row_encoder(row_numeric, row_categorical, row_missing).flatten(0, 1)
 
+    def encode_video_sound(self, features: torch.Tensor, mask: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+        """`[video features, hidden]`: what sounds at each feature of the videos, zeros for silence.
+
+        Args:
+            features, mask: as `encode_audio` takes them.
+            spans: `[video features, 2]` first of the sound's features, and the one after the last.
+        """
+        if self.audio_tower is None or self.fusion is None:
+            raise ValueError(
+                "sound in videos (video_sound_features) needs an audio encoder and gates (fusion); the model lacks one"
+            )
+        return span_means(self.encode_audio(features, mask), spans)
+
     def encode(self, **inputs) -> dict[str, torch.Tensor]:
         """Features `[N, hidden]` of each modality that `inputs`, named as in `ENCODER_INPUTS`, contain.
 
@@ -119,18 +131,17 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
             ValueError: inputs of a modality that the configuration does not have.
         """
         encoders = {"image": self.encode_images, "video": self.encode_images, "audio": self.encode_audio}
+        encoders |= {"structured": self.encode_rows, "video_sound": self.encode_video_sound}
         features = {}
         for modality, names in ENCODER_INPUTS.items():
             if inputs.get(names[0]) is None:
                 continue
-            if self.config.token_id(modality) is None:
+            if self.config.token_id(ALIGNED.get(modality, modality)) is None:
                 raise ValueError(
                     f"{names[0]} were given, but the model reads no {modality} input: it has"
                     f" {', '.join(['text', *self.config.placeholders])}"
                 )
-            features[modality] = encoders.get(modality, self.encode_rows)(
-                *(inputs[name] for name in names if inputs.get(name) is not None)
-            )
+            features[modality] = encoders[modality](*(inputs[name] for name in names if inputs.get(name) is not None))
         return features
 
     def places(self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -148,7 +159,12 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
                     f"input_ids have {found} placeholders of modality {modality!r} (token {token}), but its inputs give {given}"
                     " features; each placeholder takes one"
                 )
-        return {modality: places[modality] for modality in features}
+        for modality, own in ALIGNED.items():
+            if modality in features and len(features[modality]) != len(features.get(own, ())):
+                raise ValueError(
+                    f"{modality} was given for {len(features[modality])} features of modality {own!r}; it must be for each one of them"
+                )
+        return {modality: places[ALIGNED.get(modality, modality)] for modality in features}
 
     def memory(
         self, input_ids: torch.Tensor, features: dict[str, torch.Tensor], mm_token_times: torch.Tensor | None
@@ -157,7 +173,7 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         if self.word_projection is None or not features:
             return None
         places = self.places(input_ids, features)
-        numbers = {MODALITIES.index(modality): modality for modality in features}
+        numbers = {MODALITIES.index(modality): modality for modality in features if modality not in ALIGNED}
         mapped = {number: self.word_projection(features[modality]) for number, modality in numbers.items()}
         return gather_memory(mapped, {number: places[modality] for number, modality in numbers.items()}, mm_token_times)
 
@@ -190,7 +206,10 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         words = embeddings = self.language_model.embed_tokens(input_ids)
         types = torch.zeros_like(input_ids)
         for modality, own in features.items():
-            embeddings = place_features(embeddings, own, places[modality], self.fusion)
+            if modality in ALIGNED:
+                continue
+            beside = [features[name] for name, host in ALIGNED.items() if host == modality and name in features]
+            embeddings = place_features(embeddings, own, places[modality], self.fusion, *beside)
             types = types.masked_fill(places[modality], MODALITIES.index(modality))
         arguments |= {
             "inputs_embeds": embeddings,
@@ -216,11 +235,6 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         if inputs_embeds is not None:
             joined.arguments["inputs_embeds"] = inputs_embeds
         return self.language_model(**joined.arguments, **kwargs)
-
-
-def encoded_features(outputs: dict[str, BaseModelOutputWithPooling]) -> dict[str, torch.Tensor]:
-    """`[N, hidden]` of each modality."""
-    return {modality: output["pooler_output"].flatten(0, -2) for modality, output in outputs.items()}
 
 
 def cached_tokens(past_key_values: Cache | None) -> int:
@@ -269,33 +283,7 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         """
         text = text if isinstance(text, nn.Module) else DeepseekR1ForCausalLM.from_pretrained(text)
         towers = load_vision(vision) if vision is not None else None, load_audio(audio) if audio is not None else None
-        encoders = [copy.deepcopy(tower.config) if tower is not None else None for tower in towers]
-        for own in encoders:
-            if own is not None:
-                own.dtype = text.dtype
-        ids = {f"{modality}_token_id": token for modality, token in placeholders.items()}
-        config = extended_config(text.config, max(placeholders.values(), default=0) + 1, len(MODALITIES))
-        fields = {
-            "text_config": config,
-            "vision_config": encoders[0],
-            "audio_config": encoders[1],
-            "fusion": {},
-            **ids,
-            **fields,
-        }
-        model = cls._from_config(cls.config_class(**fields), dtype=text.dtype)
-        weights = extended_weights(text.model.state_dict(), config.vocab_size, len(MODALITIES))
-        model.model.language_model.load_state_dict({**model.model.language_model.state_dict(), **weights})
-        model.lm_head.load_state_dict({"weight": extended_rows(text.lm_head.weight, config.vocab_size)})
-        for own, tower in zip((model.model.vision_tower, model.model.audio_tower), towers, strict=True):
-            if own is not None:
-                own.encoder.load_state_dict(tower.state_dict())
-        scale_features(model.model, model.get_input_embeddings().weight)
-        layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
-        prefer_domains(model.model.routers, [config.expert_domains(layer) for layer in layers], MODALITIES, modality_preference)
-        model.generation_config = copy.deepcopy(text.generation_config)
-        model.generation_config.suppress_tokens = list(placeholders.values())
-        return model
+        return composed(cls, text, towers, placeholders, modality_preference, fields)
 
     @can_return_tuple
     def forward(
@@ -313,6 +301,9 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         row_numeric: torch.Tensor | None = None,
         row_categorical: torch.Tensor | None = None,
         row_missing: torch.Tensor | None = None,
+        video_sound_features: torch.Tensor | None = None,
+        video_sound_features_mask: torch.Tensor | None = None,
+        video_sound_spans: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_token_times: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -329,6 +320,7 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
             pixel_values_videos: `[frames, 3, height, width]` of all videos.
             input_features, input_features_mask: `[clips, mel bins, frames]` log-mel spectra, `[clips, frames]` 1 = real.
             row_numeric, row_categorical, row_missing: `[rows, numeric]`, `[rows, categorical]`, `[rows, fields]`.
+            video_sound_features, video_sound_features_mask, video_sound_spans: sound in the videos, as `encode_video_sound` takes it.
             mm_token_type_ids: `[batch, n]` modality of each token; default: by its placeholder.
             mm_token_times: `[batch, n]` seconds at which what a placeholder shows ends; negative = none.
             mm_encoder_outputs: modality -> output whose `pooler_output` has the features, instead of raw inputs.
@@ -339,6 +331,7 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         """
         values = (pixel_values, pixel_values_videos, input_features, input_features_mask)
         values += (row_numeric, row_categorical, row_missing)
+        values += (video_sound_features, video_sound_features_mask, video_sound_spans)
         values += (mm_token_type_ids, mm_token_times, mm_encoder_outputs, bridge_memory)
         own = dict(zip(JOINED_INPUTS, values, strict=True))
         joined = self.model.join(input_ids, attention_mask, past=cached_tokens(past_key_values), **own)
@@ -388,7 +381,8 @@ class DeepseekR1ForConditionalGeneration(DeepseekR1ForCausalLM):
         if encoded is not None:
             past = cached_tokens(kwargs.get("past_key_values"))
             for modality, output in encoded.items() if expand_size > 1 else ():
-                counts = (input_ids[:, past:] == self.config.token_id(modality)).sum(1).tolist()
+                token = self.config.token_id(ALIGNED.get(modality, modality))
+                counts = (input_ids[:, past:] == token).sum(1).tolist()
                 rows = output.pooler_output[0].split(counts)
                 output.pooler_output = torch.cat([part for row in rows for part in [row] * expand_size])[None]
             kwargs["mm_encoder_outputs"] = encoded

@@ -1,5 +1,6 @@
 """Sound as log-mel spectra of its own length."""
 
+import itertools
 import math
 import wave
 from collections.abc import Mapping
@@ -130,3 +131,18 @@ def spectra(clips: list[np.ndarray], extractor, downsampling: int) -> tuple[dict
     mask = torch.stack([torch.arange(length) < piece.shape[-1] for piece in pieces]).long()
     features = torch.stack([F.pad(piece, (0, length - piece.shape[-1])) for piece in pieces])
     return {"input_features": features, "input_features_mask": mask}, times
+
+
+def sound_spans(times: list[float], ends: list[float]) -> list[tuple[int, int]]:
+    """For each frame the features of a sound, first and one after the last, that end up to it and after the frame before; the last
+    frame has all that is left.
+
+    Args:
+        times: of the frames, in seconds; several features of a frame have the same.
+        ends: of the features of the sound, in seconds.
+    """
+    moments = sorted(set(times))
+    edges = [0, *np.searchsorted(ends, moments, side="right").tolist()]
+    edges[-1] = len(ends)
+    spans = dict(zip(moments, itertools.pairwise(edges), strict=True))
+    return [spans[time] for time in times]

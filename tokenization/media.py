@@ -1,6 +1,6 @@
 """Frames and sound out of files of any usual format, through PyAV (FFmpeg's libraries)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,3 +56,14 @@ def decode_audio(path: str | Path) -> tuple[np.ndarray, int]:
     if not parts:
         raise ValueError(f"{path} has no sound in it")
     return np.concatenate(parts, 1).mean(0, dtype=np.float32), rate
+
+
+def sound_of_video(video):
+    """What `read_audio` reads of a video: "audio" of a mapping, or the sound of a file; None where there is none."""
+    if isinstance(video, Mapping):
+        return video.get("audio")
+    if not isinstance(video, (str, Path)):
+        return None
+    with opened(video, "video") as container:
+        silent = not container.streams.audio
+    return None if silent else dict(zip(("array", "sampling_rate"), decode_audio(video), strict=True))

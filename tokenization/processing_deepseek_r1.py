@@ -14,8 +14,9 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .audio import read_audio, spectra
+from .audio import read_audio, sound_spans, spectra
 from .images import flat, read_image, read_video, tiles
+from .media import sound_of_video
 from .rows import RowSchema
 
 PLACEHOLDER_TOKENS = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>", "structured": "<|row|>"}
@@ -40,6 +41,8 @@ class DeepseekR1Processor(ProcessorMixin):
         vision_downsampling, audio_downsampling (`int`): as in [`DeepseekR1Config`].
         max_tiles (`int`): an image larger than the encoder's input is also given in up to so many parts; 1 = never.
         max_frames (`int`, *optional*): a longer video is read at so many equally spaced frames.
+        use_audio_in_video (`bool`): a frame is read together with what sounds up to it from the frame before, the last one with
+            all that is left; the sound is that of the file, or "audio" of a mapping (as `audio` of `__call__`).
         chat_template (*optional*): default: the tokenizer's.
 
     Example:
@@ -61,6 +64,7 @@ class DeepseekR1Processor(ProcessorMixin):
         audio_downsampling=4,
         max_tiles=1,
         max_frames=None,
+        use_audio_in_video=False,
         chat_template=None,
     ):
         self.tokenizer = tokenizer
@@ -68,7 +72,7 @@ class DeepseekR1Processor(ProcessorMixin):
         self.feature_extractor = _restored(AutoFeatureExtractor, feature_extractor)
         self.row_schema = row_schema.to_dict() if isinstance(row_schema, RowSchema) else row_schema
         self.patch_size, self.vision_downsampling, self.audio_downsampling = patch_size, vision_downsampling, audio_downsampling
-        self.max_tiles, self.max_frames = max_tiles, max_frames
+        self.max_tiles, self.max_frames, self.use_audio_in_video = max_tiles, max_frames, use_audio_in_video
         self.chat_template = chat_template or tokenizer.chat_template
 
     @classmethod
@@ -88,6 +92,8 @@ class DeepseekR1Processor(ProcessorMixin):
         names = ["input_ids", "attention_mask", "mm_token_type_ids", "mm_token_times"]
         names += ["pixel_values", "pixel_values_videos"] if self.image_processor is not None else []
         names += ["input_features", "input_features_mask"] if self.feature_extractor is not None else []
+        sound = ["video_sound_features", "video_sound_features_mask", "video_sound_spans"]
+        names += sound if self.use_audio_in_video else []
         return names + (["row_numeric", "row_categorical", "row_missing"] if self.row_schema is not None else [])
 
     def __call__(
@@ -98,7 +104,7 @@ class DeepseekR1Processor(ProcessorMixin):
         Args:
             images: PIL images, arrays `[height, width, 3]`, paths or URLs; one, a list, or a list for each text.
             text: a text or a list of them, with one placeholder for each input.
-            videos: mappings with "frames" and "timestamps" (seconds).
+            videos: mappings with "frames" and "timestamps" (seconds), or paths.
             audio: samples at `sampling_rate` Hz, mappings with "array" and "sampling_rate", or paths of WAV files.
             rows: mappings field -> value; None, NaN or absent = missing.
             kwargs: of the tokenizer; padding is on by default where tensors are returned.
@@ -184,7 +190,7 @@ class DeepseekR1Processor(ProcessorMixin):
             if modality == "image" and isinstance(item, Mapping):
                 item = item["url"]
             elif modality == "video" and not isinstance(item, (Mapping, tuple, str, Path)):
-                item = {"frames": item, "timestamps": block.get("timestamps")}
+                item = {"frames": item, **{name: block[name] for name in ("timestamps", "audio") if name in block}}
             elif modality == "audio" and "sampling_rate" in block and not isinstance(item, (str, Path, Mapping)):
                 item = {"array": item, "sampling_rate": block["sampling_rate"]}
             inputs[modality].append(item)
@@ -226,6 +232,8 @@ class DeepseekR1Processor(ProcessorMixin):
             clips = [read_video(video, f"video {i}", self.max_frames) for i, video in enumerate(flat(given["video"]))]
             data["pixel_values_videos"], count = self._pixels([frame for clip in clips for frame in clip.frames])
             times["video"] = [[time for time in clip.timestamps for _ in range(count)] for clip in clips]
+            if self.use_audio_in_video:
+                data |= self._video_sound(list(flat(given["video"])), times["video"], sampling_rate)
         if "audio" in given:
             rate = self.feature_extractor.sampling_rate
             clips = [read_audio(clip, f"audio {i}", rate, sampling_rate) for i, clip in enumerate(flat(given["audio"]))]
@@ -236,6 +244,26 @@ class DeepseekR1Processor(ProcessorMixin):
             data |= schema.encode(rows)
             times["structured"] = [[NO_TIME] * len(schema.fields) for _ in rows]
         return data, times
+
+    def _video_sound(self, videos: list, times: list[list[float]], sampling_rate: int | None) -> dict[str, torch.Tensor]:
+        """Spectra of the videos' sound, and which of its features belong to each feature of the frames."""
+        if self.feature_extractor is None:
+            raise ValueError("use_audio_in_video needs a feature extractor of sound, which this processor lacks")
+        rate, clips, spans = self.feature_extractor.sampling_rate, [], []
+        sounds = [sound_of_video(video) for video in videos]
+        clips = [
+            read_audio(sound, f"sound of video {i}", rate, sampling_rate) for i, sound in enumerate(sounds) if sound is not None
+        ]
+        if not clips:
+            return {}
+        inputs, ends = spectra(clips, self.feature_extractor, self.audio_downsampling)
+        first, waiting = 0, iter(ends)
+        for own, sound in zip(times, sounds, strict=True):
+            heard = next(waiting) if sound is not None else []
+            spans += [[first + begin, first + end] for begin, end in sound_spans(own, heard)]
+            first += len(heard)
+        inputs = {f"video_sound_{name.removeprefix('input_')}": value for name, value in inputs.items()}
+        return inputs | {"video_sound_spans": torch.tensor(spans)}
 
     def _input_size(self) -> int:
         """Pixels along the longer side of what the vision encoder sees."""

@@ -11,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bridge-layers", type=int, nargs="+", metavar="N", help="layers that read the features again")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="images become squares of this side (default: 224)")
     parser.add_argument("--max-tiles", type=int, default=1, metavar="N", help="parts of a large image (default: 1 = none)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video, equally spaced (default: all)")
+    parser.add_argument("--use-audio-in-video", action="store_true", help="read a video's frames together with its sound")
     parser.add_argument(
         "--vision-downsampling", type=int, default=1, metavar="N", help="join squares of N x N patches (default: 1)"
     )
@@ -31,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
         audio=args.audio,
         image_size=args.image_size,
         max_tiles=args.max_tiles,
+        max_frames=args.max_frames,
+        use_audio_in_video=args.use_audio_in_video,
         vision_downsampling=args.vision_downsampling,
         audio_downsampling=args.audio_downsampling,
         fusion=None if args.no_gate else {},

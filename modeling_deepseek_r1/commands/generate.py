@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="show the model a picture; may be repeated"
     )
-    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="let it hear a WAV file; may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="show it a video; may be repeated")
+    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="let it hear a sound; may be repeated")
     compile_help = "compile the decoding step first, which takes minutes and is worth it for thousands of tokens"
     parser.add_argument("--compile", action="store_true", help=compile_help)
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: no such checkpoint or file, an empty prompt, impossible options.
     """
-    if args.compile and (args.expert_memory is not None or args.image or args.audio):
+    shown = [(kind, path) for kind in ("image", "video", "audio") for path in getattr(args, kind)]
+    if args.compile and (args.expert_memory is not None or shown):
         raise ValueError("--compile is for texts, and for models that are in memory as a whole")
     prompt = _prompt(args)
     options = generation_options(args)
@@ -59,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if args.segment_length is not None:
         options["past_key_values"] = new_cache(args, model)
-    if args.image or args.audio:
-        model.generate(**_joined_inputs(args, prompt).to(model.device), streamer=streamer, **options)
+    if shown:
+        model.generate(**_joined_inputs(args, shown, prompt).to(model.device), streamer=streamer, **options)
         return
     ids = encode_prompt(tokenizer, prompt, system=args.system, raw=args.raw).to(model.device)
     if args.compile:
@@ -73,15 +75,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"experts that were in memory when they were needed: {share:.1%}", file=sys.stderr)
 
 
-def _joined_inputs(args: argparse.Namespace, prompt: str):
-    """What the checkpoint's processor makes of pictures, sound and the prompt behind them."""
+def _joined_inputs(args: argparse.Namespace, shown: list[tuple[str, str]], prompt: str):
+    """What the checkpoint's processor makes of files of these kinds and the prompt behind them."""
     from transformers import AutoConfig, AutoProcessor
 
     if AutoConfig.from_pretrained(args.checkpoint).model_type != "deepseek_r1":
         raise ValueError(f"{args.checkpoint} is a text model; join it with encoders first: deepseek-r1 compose")
     if args.raw:
-        raise ValueError("--image and --audio belong to a message; leave out --raw")
-    content = [{"type": kind, "path": path} for kind in ("image", "audio") for path in getattr(args, kind)]
+        raise ValueError("--image, --video and --audio belong to a message; leave out --raw")
+    content = [{"type": kind, "path": path} for kind, path in shown]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     messages = ([{"role": "system", "content": args.system}] if args.system else []) + messages
     processor = AutoProcessor.from_pretrained(args.checkpoint)

@@ -57,6 +57,7 @@ def compose_checkpoint(
     image_size: int | None = None,
     max_tiles: int = 1,
     max_frames: int | None = None,
+    use_audio_in_video: bool = False,
     vision_downsampling: int = 1,
     audio_downsampling: int = 4,
     fusion: Mapping[str, Any] | None = {},  # noqa: B006 (never changed; None means that there is no gate)
@@ -74,7 +75,7 @@ def compose_checkpoint(
         audio: folder or hub id of a Whisper checkpoint.
         row_schema: fields of table rows (`RowSchema.fit`).
         image_size: images are resized to squares of so many pixels; default: as the image processor says, or 224.
-        max_tiles, max_frames: as in [`DeepseekR1Processor`].
+        max_tiles, max_frames, use_audio_in_video: as in [`DeepseekR1Processor`].
         vision_downsampling, audio_downsampling, fusion, bridge: as in [`DeepseekR1Config`]; bridge may be the list of its layers.
         dtype: of the written weights; default: as the text checkpoint's.
         overwrite: replace a checkpoint that is at `destination`.
@@ -98,6 +99,8 @@ def compose_checkpoint(
     placeholders = DeepseekR1Processor.add_placeholders(tokenizer, modalities)
     schema = row_schema.to_dict() if row_schema is not None else None
     structured = schema and {"num_numeric": len(schema["numeric"]), "categories": [len(c[1]) for c in schema["categorical"]]}
+    if use_audio_in_video and (vision is None or audio is None or fusion is None):
+        raise ValueError("use_audio_in_video needs vision, audio and fusion")
     if bridge is not None and not isinstance(bridge, Mapping):
         bridge = {"layers": list(bridge)}
     model = DeepseekR1ForConditionalGeneration.from_text_vision_audio_pretrained(
@@ -121,6 +124,7 @@ def compose_checkpoint(
         audio_downsampling=audio_downsampling,
         max_tiles=max_tiles,
         max_frames=max_frames,
+        use_audio_in_video=use_audio_in_video,
     )
     notes = clean_leftovers(destination)
     size = sum(p.numel() * p.element_size() for p in model.parameters())

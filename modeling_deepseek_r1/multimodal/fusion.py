@@ -2,6 +2,9 @@
 
     output = g * embedding + (1 - g) * feature        g = sigmoid(net(embedding + feature))
 
+Features of several modalities that belong to one placeholder, such as a frame and what sounds meanwhile, share a softmax with its
+embedding, whose logit is 0 and theirs -net(embedding + feature); with one feature that is the above.
+
 Shapes: B rows, n tokens, N features of one modality, H hidden size.
 """
 
@@ -43,13 +46,28 @@ class GatedFusion(nn.Module):
         self.hidden = nn.Linear(hidden_size, width)
         self.output = ConstantGate(width, initial_token_share)
 
-    def forward(self, embeddings: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """`[N, H]` of the placeholders' embeddings `[N, H]` and the features at their places."""
-        gate = self.output(nn.functional.silu(self.hidden(embeddings + features))).sigmoid()
-        return gate * embeddings + (1 - gate) * features
+    def forward(self, embeddings: torch.Tensor, features: torch.Tensor, *aligned: torch.Tensor) -> torch.Tensor:
+        """`[N, H]` of the placeholders' embeddings `[N, H]` and the features at their places.
+
+        Args:
+            aligned: more features `[N, H]` of the same places; zeros where there is none.
+        """
+        if not aligned:
+            gate = self._logit(embeddings + features).sigmoid()
+            return gate * embeddings + (1 - gate) * features
+        features = torch.stack((features, *aligned))
+        absent = (features == 0).all(-1, keepdim=True)
+        logits = -self._logit(embeddings + features).masked_fill(absent, torch.inf)
+        shares = nn.functional.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(0)
+        return shares[0] * embeddings + (shares[1:] * features).sum(0)
+
+    def _logit(self, states: torch.Tensor) -> torch.Tensor:
+        return self.output(nn.functional.silu(self.hidden(states)))
 
 
-def place_features(embeddings: torch.Tensor, features: torch.Tensor, places: torch.Tensor, fuse=None) -> torch.Tensor:
+def place_features(
+    embeddings: torch.Tensor, features: torch.Tensor, places: torch.Tensor, fuse=None, *aligned: torch.Tensor
+) -> torch.Tensor:
     """`[B, n, H]` with feature number i at place number i, counted along the rows.
 
     Args:
@@ -57,10 +75,11 @@ def place_features(embeddings: torch.Tensor, features: torch.Tensor, places: tor
         features: `[N, H]`.
         places: `[B, n]` bool, true N times.
         fuse: makes `[N, H]` of the embeddings at the places and the features; None = the features alone.
+        aligned: more features `[N, H]` for `fuse`.
     """
     features = features.to(embeddings)
     if fuse is not None:
-        features = fuse(embeddings[places], features)
+        features = fuse(embeddings[places], features, *(own.to(embeddings) for own in aligned))
     return embeddings.masked_scatter(places[..., None], features.to(embeddings))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from ..configuration.configuration_multimodal import MODALITIES
 from .adapter import FeatureNorm
 
 WHOLE_MODELS = {"clip": "vision_config", "siglip": "vision_config"}
@@ -32,6 +33,42 @@ def load_audio(source) -> PreTrainedModel:
     if model.config.model_type != "whisper":
         raise ValueError(f"the audio encoder has model_type={model.config.model_type!r}; supported is 'whisper'")
     return model if type(model).__name__ == "WhisperEncoder" else model.get_encoder()
+
+
+def composed(
+    model_class: type[PreTrainedModel],
+    text: PreTrainedModel,
+    towers: tuple[PreTrainedModel | None, PreTrainedModel | None],
+    placeholders: Mapping[str, int],
+    modality_preference: float,
+    fields: Mapping,
+) -> PreTrainedModel:
+    """A multimodal model with the weights of its parts: a text model, and encoders of images and of sound.
+
+    Args:
+        model_class: of the result.
+        placeholders, modality_preference, fields: as `from_text_vision_audio_pretrained` takes them.
+    """
+    encoders = [copy.deepcopy(tower.config) if tower is not None else None for tower in towers]
+    for own in encoders:
+        if own is not None:
+            own.dtype = text.dtype
+    ids = {f"{modality}_token_id": token for modality, token in placeholders.items()}
+    config = extended_config(text.config, max(placeholders.values(), default=0) + 1, len(MODALITIES))
+    values = {"text_config": config, "vision_config": encoders[0], "audio_config": encoders[1], "fusion": {}, **ids, **fields}
+    model = model_class._from_config(model_class.config_class(**values), dtype=text.dtype)
+    weights = extended_weights(text.model.state_dict(), config.vocab_size, len(MODALITIES))
+    model.model.language_model.load_state_dict({**model.model.language_model.state_dict(), **weights})
+    model.lm_head.load_state_dict({"weight": extended_rows(text.lm_head.weight, config.vocab_size)})
+    for own, tower in zip((model.model.vision_tower, model.model.audio_tower), towers, strict=True):
+        if own is not None:
+            own.encoder.load_state_dict(tower.state_dict())
+    scale_features(model.model, model.get_input_embeddings().weight)
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+    prefer_domains(model.model.routers, [config.expert_domains(layer) for layer in layers], MODALITIES, modality_preference)
+    model.generation_config = copy.deepcopy(text.generation_config)
+    model.generation_config.suppress_tokens = list(placeholders.values())
+    return model
 
 
 def extended_config(config, vocab_size: int, num_modalities: int):

@@ -160,6 +160,7 @@ def test_half_of_clip(parts, tmp_path):
     [
         ({}, "give at least one of vision, audio and row_schema"),
         ({"vision": "dinov2", "image_size": 30}, "image_size=30 does not fit the vision encoder; it must be a multiple of 7"),
+        ({"vision": "dinov2", "use_audio_in_video": True}, "use_audio_in_video needs vision, audio and fusion"),
         ({"vision": "whisper"}, "vision_config has model_type='whisper'"),
         ({"audio": "dinov2"}, "the audio encoder has model_type='dinov2'; supported is 'whisper'"),
         ({"vision": "dinov2", "bridge": [7]}, "has 7; the text model has the layers 0 ... 2"),

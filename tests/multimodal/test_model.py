@@ -108,6 +108,35 @@ def test_features_that_are_encoded_before(model):
     assert torch.equal(model.generate(**given, mm_encoder_outputs=encoded, **GREEDY, max_new_tokens=6), expected)
 
 
+def with_sound(batch):
+    """The batch with sound in its video, whose second frame starts in silence."""
+    spans = torch.tensor([[0, 2], [0, 2], [0, 3], [1, 3], [3, 3], [3, 3], [2, 3], [0, 1]])
+    sound = {"video_sound_features": torch.randn(1, 8, 19), "video_sound_features_mask": torch.ones(1, 19, dtype=torch.long)}
+    return {**batch, **sound, "video_sound_spans": spans}
+
+
+def test_sound_in_a_video_is_fused_with_its_frames(model):
+    batch = with_sound(mixed_batch())
+    with torch.no_grad():
+        features = model.model.encode(**batch)
+        heard = model.model.encode_audio(batch["video_sound_features"], batch["video_sound_features_mask"])
+        expected = torch.stack([heard[first:last].mean(0) for first, last in batch["video_sound_spans"].tolist()]).nan_to_num()
+        torch.testing.assert_close(features["video_sound"], expected)
+        inputs = {name: value for name, value in batch.items() if name != "attention_mask"}
+        places = batch["input_ids"] == PLACEHOLDERS["video"]
+        fused = model.model.join(**inputs).arguments["inputs_embeds"][places]
+        words = model.get_input_embeddings()(batch["input_ids"][places])
+        torch.testing.assert_close(fused, model.model.fusion(words, features["video"], expected))
+        silent = {**batch, "video_sound_spans": torch.zeros(8, 2, dtype=torch.long)}
+        torch.testing.assert_close(model(**silent).logits, model(**mixed_batch()).logits)
+    settings = {**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, **settings, use_cache=False))
+    with pytest.raises(ValueError, match="video_sound was given for 7 features of modality 'video'"):
+        model(**{**batch, "video_sound_spans": batch["video_sound_spans"][:7]})
+    with pytest.raises(ValueError, match=r"sound in videos .* needs an audio encoder and gates \(fusion\)"):
+        multimodal_model(fusion=None)(**batch)
+
+
 def test_a_conversation_goes_on_from_its_cache(model):
     batch = rows_of(mixed_batch(), 0, (2, 0, 1, 0))
     first = {**batch, "pixel_values": batch["pixel_values"][:1]}

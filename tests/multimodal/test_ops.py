@@ -40,6 +40,21 @@ def test_features_take_their_places_in_order():
             torch.testing.assert_close(mine, expected)
 
 
+def test_aligned_features_share_a_softmax():
+    fusion, embeddings = GatedFusion(8, 6, 0.7), torch.randn(4, 8)
+    frame, sound = torch.randn(2, 4, 8)
+    sound[1] = 0
+    torch.nn.init.normal_(fusion.output.weight)
+    fused = fusion(embeddings, frame, sound)
+    for place in range(4):
+        token = embeddings[place]
+        parts = [token, *(own[place] for own in (frame, sound) if own[place].any())]
+        logits = [torch.zeros(1), *(-fusion.output(torch.nn.functional.silu(fusion.hidden(token + own))) for own in parts[1:])]
+        shares = torch.cat(logits).softmax(0)
+        torch.testing.assert_close(fused[place], sum(share * own for share, own in zip(shares, parts, strict=True)))
+    torch.testing.assert_close(fused[1], fusion(embeddings, frame)[1])
+
+
 @pytest.mark.parametrize("kinds", [(), (1, 3), (1, 2, 3)])
 @pytest.mark.parametrize("features", [1, 6])
 def test_attention_over_features(kinds, features, monkeypatch):

@@ -182,6 +182,23 @@ def test_a_long_video_is_read_at_some_frames():
     assert inputs["mm_token_times"].unique().tolist() == [0.0, 4.0, 8.0]
 
 
+def test_frames_and_what_sounds_up_to_them():
+    # A feature of sound is 80 ms; 0.3 s have four, which end at 0.08, 0.16, 0.24 and 0.3.
+    sounding = {"frames": [PICTURE] * 3, "timestamps": [0.0, 0.2, 0.25], "audio": {"array": SOUND, "sampling_rate": 8000}}
+    inputs = make_processor(use_audio_in_video=True)(
+        text=["<|video|>", "<|video|> <|video|>"], videos=[VIDEO, sounding, sounding]
+    )
+    assert inputs["video_sound_features"].shape[:2] == (2, 8)
+    spans = [[0, 0], [0, 2], [2, 4], [4, 4], [4, 6], [6, 8]]
+    assert inputs["video_sound_spans"].tolist() == [[0, 0]] * 8 + [span for span in spans for _ in range(4)]
+    assert not {"video_sound_spans"} & set(make_processor()(text="<|video|>", videos=sounding))
+    with pytest.raises(ValueError, match="needs a feature extractor of sound"):
+        make_processor(use_audio_in_video=True, feature_extractor=None)(text="<|video|>", videos=sounding)
+    with pytest.raises(ValueError, match="sound of video 0 has nan at sample 3"):
+        sounding["audio"] = {"array": np.where(np.arange(2400) == 3, np.nan, SOUND), "sampling_rate": 8000}
+        make_processor(use_audio_in_video=True)(text="<|video|>", videos=sounding)
+
+
 def test_a_schema_knows_numbers_categories_and_what_is_missing():
     schema = RowSchema.fit([*ROWS, {"age": float("nan"), "sex": True}])
     assert schema.fields == ["age", "job", "sex"] and schema.numeric == [["age", 40.0, 10.0]]
