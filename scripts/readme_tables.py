@@ -1,4 +1,4 @@
-"""The tables of README.md, one function for each kind of result in results/*.json."""
+"""The tables of README.md, docs/ and the model cards, one function for each kind of result in results/*.json."""
 
 import statistics
 

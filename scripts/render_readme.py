@@ -1,4 +1,4 @@
-"""Puts the tables of results/*.json and of the preset table into README.md and the model cards, between their markers, and
+"""Puts the tables of results/*.json and of the presets into README.md, docs/ and the model cards, between their markers, and
 draws results/overview.png from the same files.
 
 python scripts/render_readme.py            rewrites the files
@@ -16,7 +16,7 @@ from readme_tables import TABLES
 from modeling_deepseek_r1.configuration import LAYER_LETTERS, PRESETS
 from modeling_deepseek_r1.evaluation import markdown_table, plot
 
-PAGES = [Path("README.md"), *sorted(Path("model_cards").glob("*.md"))]
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("model_cards").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
