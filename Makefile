@@ -2,13 +2,16 @@
 #
 # PYTHON=python3.12   the interpreter that a new .venv is made from (3.11 or newer)
 # FULL=1              make test runs the tests marked "full" as well
+# JOBS=1              processes that tests run in (default: one for each core, at most four: some need gigabytes)
 # ARGS="-k cli -x"    more arguments for pytest
 
 PYTHON ?= python3
 FULL ?=
+JOBS ?= auto
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+PARALLEL = -n $(JOBS) --maxprocesses 4 --dist loadfile
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -36,10 +39,10 @@ test: lint
 	@marks=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') || exit 1; \
 	$(if $(FULL),,marks="not full$${marks:+ and $$marks}"; )\
 	echo "pytest -m '$$marks'"; \
-	$(BIN)/python -m pytest -q -m "$$marks" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "$$marks" $(ARGS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not full" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu and not full" $(ARGS)
 
 run: $(STAMP)
 	$(BIN)/python scripts/demo.py

@@ -80,7 +80,9 @@ class DeepseekR1GlobalTokens(RemoteGate):
 class DeepseekR1Router(RemoteGate):
     """Which clusters queries and keys belong to, and how much the remote keys count.
 
-    Centroids are a buffer, fitted by k-means and moved by statistics, never by gradients.
+    Centroids `[G, C, D]` are a buffer, fitted by k-means and moved by statistics, never by gradients. A query looks into the
+    clusters whose query centroids `[H, C, D]` have the largest product with it. They are the centroids themselves in a new model;
+    a converted one has them fitted to its source's attention. They move along with the centroids.
 
     Args:
         hidden_size, num_heads: as in `RemoteGate`.
@@ -97,6 +99,7 @@ class DeepseekR1Router(RemoteGate):
         super().__init__(hidden_size, num_heads)
         self.routed_clusters = routed_clusters
         self.register_buffer("centroids", torch.zeros(num_key_value_heads, num_clusters, head_dim, dtype=torch.float32))
+        self.register_buffer("query_centroids", torch.zeros(num_heads, num_clusters, head_dim, dtype=torch.float32))
         self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
         self.gathers_statistics = False
 
@@ -104,13 +107,17 @@ class DeepseekR1Router(RemoteGate):
         super().init_weights(std)
         init.normal_(self.centroids)
         init.copy_(self.centroids, F.normalize(self.centroids, dim=-1))
+        init.copy_(self.query_centroids, self._of_queries(self.centroids))
+
+    def _of_queries(self, centroids: torch.Tensor) -> torch.Tensor:
+        return centroids.repeat_interleave(len(self.query_centroids) // len(centroids), 0)
 
     def forward(self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Routing:
         """Routing for the layer's input `[B, n, hidden]`, and queries `[B, H, n, D]` and keys `[B, G, n, D]` before rotation."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             log_gate = self.log_gate(hidden_states)
             with torch.no_grad():
-                clusters = choose_clusters(query, self.centroids, self.routed_clusters), assign_keys(key, self.centroids)
+                clusters = choose_clusters(query, self.query_centroids, self.routed_clusters), assign_keys(key, self.centroids)
                 # Activation checkpointing runs the layer again inside the backward pass; those keys have been counted.
                 if self.gathers_statistics and self.training and torch._C._current_graph_task_id() == -1:
                     self._gather(key)
@@ -137,4 +144,6 @@ class DeepseekR1Router(RemoteGate):
         for tensor in (sums, counts) if reduce is not None else ():
             reduce(tensor)
         moved = F.normalize(decay * self.centroids + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
-        self.centroids.copy_(torch.where(counts[..., None] > 0, moved, self.centroids))
+        moved = torch.where(counts[..., None] > 0, moved, self.centroids)
+        self.query_centroids += self._of_queries(moved - self.centroids)
+        self.centroids.copy_(moved)

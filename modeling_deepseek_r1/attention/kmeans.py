@@ -1,8 +1,8 @@
 """Spherical k-means over keys, and which clusters a key belongs to and a query looks into.
 
 Centroids are unit vectors per key/value head. A key belongs to the centroid with the largest dot product, a query looks into
-the `count` largest (ties to the lower number); both enter before rotation, so that a key's cluster does not depend on where it
-stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
+the `count` largest (ties to the lower number), by vectors of its own head if there are any; both enter before rotation, so that a
+key's cluster does not depend on where it stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
 sees never depends on later ones.)
 
 Shapes: B batch, H query heads, G key/value heads, C clusters, D head size.
@@ -25,7 +25,8 @@ def assign_keys(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
-    """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]`."""
+    """The clusters that each query looks into, best first: `[B, H, Q, count]` int64 for queries `[B, H, Q, D]` and centroids
+    `[G, C, D]` or `[H, C, D]`."""
     groups = centroids.shape[0]
     wide = centroids.float().transpose(1, 2)[:, None]
     parts = queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3)

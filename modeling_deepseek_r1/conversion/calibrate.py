@@ -1,7 +1,7 @@
 """One pass over a text, with the model that is being converted: the keys of every layer, clustered for routed attention.
 
-The model runs with the source's own attention, and only the directions of its keys before rotation are looked at. Gates start at
-zero, which lets remote keys count like near ones.
+The model runs with the source's own attention. Its keys before rotation are clustered by their directions, and query centroids
+are fitted to what its queries attend to (`query_centroids.py`). Gates start at zero, which lets remote keys count like near ones.
 """
 
 import os
@@ -9,17 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
 from ..attention.kmeans import fit_centroids
+from ..attention.layer import layer_pattern
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.sparse import OWN_LAYER_TYPES
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
+from .query_centroids import fit_query_centroids, record, remote_shares, sampled_positions
 
-WINDOW_TOKENS = 2048
-"""Tokens of a calibration window; clusters do not depend on positions, so windows need not be long."""
+WINDOW_TOKENS = 4096
+"""Tokens of a calibration window, long enough for queries to have many remote keys."""
+SHORT_WINDOW_TOKENS = 2048
+"""Of a shorter text, the least that is read."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,16 @@ def router_tensors(config: DeepseekR1TextConfig) -> dict[str, tuple[int, ...]]:
         if kind != "local_routed_attention":
             continue
         layer, sparse = config.per_layer_config[layer_idx], config.sparse_attention_of(layer_idx)
-        prefix = f"model.layers.{layer_idx}.self_attn.router"
+        prefix = router_prefix(layer_idx)
         shapes[f"{prefix}.weight"] = (layer.num_attention_heads, layer.hidden_size)
         shapes[f"{prefix}.bias"] = (layer.num_attention_heads,)
         shapes[f"{prefix}.centroids"] = (layer.num_key_value_heads, sparse.num_clusters, layer.head_dim)
+        shapes[f"{prefix}.query_centroids"] = (layer.num_attention_heads, sparse.num_clusters, layer.head_dim)
     return shapes
 
 
-def centroids_name(layer_idx: int) -> str:
-    return f"model.layers.{layer_idx}.self_attn.router.centroids"
+def router_prefix(layer_idx: int) -> str:
+    return f"model.layers.{layer_idx}.self_attn.router"
 
 
 def load_plain(
@@ -96,56 +100,39 @@ def load_plain(
     return model.eval().requires_grad_(False)
 
 
-def text_windows(tokenizer, calibration: Calibration, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def text_windows(
+    tokenizer, calibration: Calibration, tokens: int, longest: int = WINDOW_TOKENS
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Windows `[windows, n]` for the centroids, equally many from each text, and what follows in each text, `[tokens_held_out]`.
+
+    Args:
+        tokens: to read in all.
+        longest: context that the model knows.
 
     Raises:
         ValueError: a text that is too short for one window.
     """
     from ..evaluation.text import encode_text, read_text
 
-    per_text = max(1, tokens // WINDOW_TOKENS // len(calibration.texts))
+    share = max(WINDOW_TOKENS, tokens // len(calibration.texts))
+    # Roughly four characters a token; encoding a whole book for its first pages would be a waste.
+    limit = (share + calibration.tried_tokens) * 12
+    texts = {name: encode_text(tokenizer, read_text([name])[:limit]) for name in calibration.texts}
+    length = WINDOW_TOKENS if min(longest, *map(len, texts.values())) >= WINDOW_TOKENS else SHORT_WINDOW_TOKENS
     windows, held_out = [], []
-    for name in calibration.texts:
-        text = read_text([name])
-        # Roughly four characters a token; encoding a whole book for its first pages would be a waste.
-        ids = encode_text(tokenizer, text[: (per_text * WINDOW_TOKENS + calibration.tried_tokens) * 12])
-        count = min(per_text, len(ids) // WINDOW_TOKENS)
+    for name, ids in texts.items():
+        count = min(max(1, tokens // length // len(texts)), len(ids) // length)
         if not count:
-            raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed")
-        windows.append(ids[: count * WINDOW_TOKENS].view(count, WINDOW_TOKENS))
-        held_out.append(ids[count * WINDOW_TOKENS :][: calibration.tried_tokens])
+            raise ValueError(f"calibration text {name!r} has {len(ids)} tokens; at least {length} are needed")
+        windows.append(ids[: count * length].view(count, length))
+        held_out.append(ids[count * length :][: calibration.tried_tokens])
     return torch.cat(windows), held_out
-
-
-def collect_keys(model: DeepseekR1ForCausalLM, layers: Sequence[int], windows: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The keys of some layers after bias and norm and before rotation: layer -> `[G, tokens, D]` in bfloat16."""
-    collected: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layers}
-    hooks = []
-    for layer_idx in layers:
-        attention = model.model.layers[layer_idx].self_attn
-        source: nn.Module = attention.k_norm if attention.k_norm is not None else attention.k_proj
-
-        def keep(module, args, output, layer_idx=layer_idx, size=attention.head_dim, clip=attention.clip_qkv):
-            keys = output.reshape(-1, output.shape[-1] // size if output.dim() == 3 else output.shape[-2], size)
-            keys = keys if clip is None else keys.clamp(-clip, clip)
-            collected[layer_idx].append(keys.transpose(0, 1).to(torch.bfloat16))
-
-        hooks.append(source.register_forward_hook(keep))
-    try:
-        with torch.no_grad():
-            for window in tqdm(windows, unit="window", desc="calibrating", disable=None):
-                model.model(window.unsqueeze(0), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer_idx: torch.cat(parts, 1) for layer_idx, parts in collected.items()}
 
 
 def fit_routers(
     model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, windows: torch.Tensor, seed: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `router_tensors(config)`: fitted centroids, and gates at zero.
+    """The tensors of `router_tensors(config)`: fitted centroids and query centroids, and gates at zero.
 
     Args:
         model: as `load_plain` makes it.
@@ -156,10 +143,16 @@ def fit_routers(
         ValueError: a text too short for the number of clusters.
     """
     routed = [layer_idx for layer_idx, kind in enumerate(config.layer_types) if kind == "local_routed_attention"]
-    keys = collect_keys(model, routed, windows)
-    shapes = router_tensors(config)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.endswith("centroids")}
+    patterns = {layer_idx: layer_pattern(config, layer_idx) for layer_idx in routed}
+    count, length = windows.shape
+    positions = {layer_idx: sampled_positions(patterns[layer_idx], length, count, seed) for layer_idx in routed}
+    recorded = record(model, positions, tqdm(windows, unit="window", desc="calibrating", disable=None))
+    tensors = {name: torch.zeros(shape) for name, shape in router_tensors(config).items() if not name.endswith("centroids")}
     for layer_idx in tqdm(routed, unit="layer", desc="clustering", disable=None):
-        clusters = config.sparse_attention_of(layer_idx).num_clusters
-        tensors[centroids_name(layer_idx)] = fit_centroids(keys.pop(layer_idx).float(), clusters, seed=seed)
+        own, clusters = recorded.pop(layer_idx), config.sparse_attention_of(layer_idx).num_clusters
+        centroids = fit_centroids(torch.cat(own.keys, 1).float(), clusters, seed=seed)
+        queries, shares = remote_shares(own, centroids, patterns[layer_idx], bool(config.no_rope_layers[layer_idx]))
+        prefix = router_prefix(layer_idx)
+        tensors[f"{prefix}.centroids"] = centroids
+        tensors[f"{prefix}.query_centroids"] = fit_query_centroids(queries, shares, centroids, seed)
     return tensors

@@ -213,7 +213,8 @@ def _fit(
     origin: Source, target: DeepseekR1TextConfig, calibration: Calibration
 ) -> tuple[DeepseekR1ForCausalLM, dict[str, torch.Tensor], list[torch.Tensor]]:
     """The plain model, the router tensors fitted on it, and the text that was not read for them."""
-    windows, held_out = text_windows(source_tokenizer(origin), calibration, calibration.tokens_for(target))
+    tokens, longest = calibration.tokens_for(target), target.max_position_embeddings
+    windows, held_out = text_windows(source_tokenizer(origin), calibration, tokens, longest)
     model = _load_plain(origin, target)
     return model, fit_routers(model, target, windows, calibration.seed), held_out
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 from ..moe.gates import DeepseekR1ExpertRouter
-from .calibrate import WINDOW_TOKENS
+from .calibrate import SHORT_WINDOW_TOKENS
 
 DOMAIN_TOKENS = 10240
 """Tokens that are read of each domain, the held-out ones included."""
@@ -68,8 +68,8 @@ def _read_domain(tokenizer, domain: str, names: list[str]) -> DomainTokens:
         # As in `text_windows`: encoding a whole book for its first pages would be a waste.
         ids = encode_text(tokenizer, read_text([name])[: limit * 12])[:limit]
         kept = len(ids) - int(len(ids) * HELD_OUT_SHARE)
-        fitted += [piece for piece in ids[:kept].split(WINDOW_TOKENS) if len(piece)]
-        held_out += [piece for piece in ids[kept:].split(WINDOW_TOKENS) if len(piece)]
+        fitted += [piece for piece in ids[:kept].split(SHORT_WINDOW_TOKENS) if len(piece)]
+        held_out += [piece for piece in ids[kept:].split(SHORT_WINDOW_TOKENS) if len(piece)]
     total = sum(len(piece) for piece in fitted + held_out)
     if total < MIN_DOMAIN_TOKENS:
         raise ValueError(

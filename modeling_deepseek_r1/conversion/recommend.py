@@ -19,7 +19,7 @@ from ..attention.ragged import document_attention
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.presets import LAYER_LETTERS
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .calibrate import Calibration, centroids_name
+from .calibrate import Calibration, router_prefix
 
 FULL_SHARES = (0.0, 0.125, 0.25, 0.5)
 """Shares of the layers that stay full, in the candidates."""
@@ -93,9 +93,8 @@ def recommend(
     Raises:
         ValueError: texts that are too short, or a budget that no pattern keeps.
     """
-    centroids = {i: routers[centroids_name(i)] for i in range(config.num_hidden_layers)}
     length = min(len(ids) for ids in held_out)
-    candidates = try_patterns(model, config, centroids, torch.stack([ids[:length] for ids in held_out]))
+    candidates = try_patterns(model, config, routers, torch.stack([ids[:length] for ids in held_out]))
     max_increase = calibration.max_increase
     if max_increase is None and calibration.max_cost is None:
         max_increase = DEFAULT_MAX_INCREASE
@@ -105,7 +104,7 @@ def recommend(
 def try_patterns(
     model: DeepseekR1ForCausalLM,
     config: DeepseekR1TextConfig,
-    centroids: dict[int, torch.Tensor],
+    routers: dict[str, torch.Tensor],
     windows: torch.Tensor,
 ) -> list[Candidate]:
     """Measures full, routed and local patterns of one model.
@@ -113,7 +112,7 @@ def try_patterns(
     Args:
         model: with full attention in all layers.
         config: that of the model with routed attention in all layers.
-        centroids: layer -> `[G, C, D]`.
+        routers: what `fit_routers` has made for it.
         windows: `[N, L]` held-out token ids, longer than the attention window by four times `COPIED_TOKENS` at least.
 
     Raises:
@@ -125,7 +124,7 @@ def try_patterns(
             f"{windows.shape[1]} tokens held out of the shortest calibration text are too few to try a sliding window of {window};"
             f" {window + 4 * COPIED_TOKENS} are needed: give longer texts, or fewer tokens to the centroids"
         )
-    switch = _Switch(model, config, centroids)
+    switch = _Switch(model, config, routers)
     windows = _with_copies(windows)
     costs = _layer_costs(model, switch, windows[:1])
     full_cost = sum(cost.products["full_attention"] for cost in costs)
@@ -163,7 +162,7 @@ def candidate_patterns(costs: Sequence[LayerCost]) -> list[list[str]]:
 class _Switch:
     """Changes the attention of a model that has no cache, layer by layer."""
 
-    def __init__(self, model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, centroids: dict[int, torch.Tensor]):
+    def __init__(self, model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, routers: dict[str, torch.Tensor]):
         self.attentions = [layer.self_attn for layer in model.model.layers]
         self.patterns, self.routers = [], []
         for layer_idx in range(len(self.attentions)):
@@ -174,7 +173,8 @@ class _Switch:
             self.patterns.append(dict(zip(("full_attention", *_KINDS), (AttentionPattern(), routed, local), strict=True)))
             sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim
             router = DeepseekR1Router(layer.hidden_size, *sizes, own.num_clusters, own.routed_clusters)
-            router.centroids.copy_(centroids[layer_idx])
+            prefix = router_prefix(layer_idx)
+            router.load_state_dict({name: routers[f"{prefix}.{name}"] for name in router.state_dict()})
             self.routers.append(router.requires_grad_(False))
 
     def to(self, kinds: Sequence[str]) -> None:

@@ -38,9 +38,11 @@ def test_centroids_are_fitted_and_everything_else_is_kept(source, text, tmp_path
     for name, value in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     routers = {name: value for name, value in model.state_dict().items() if ".router." in name}
-    assert len(routers) == 6
+    assert len(routers) == 8
     for name, value in routers.items():
-        if name.endswith("centroids"):
+        if name.endswith("query_centroids"):
+            assert value.shape == (6, 5, 8)
+        elif name.endswith("centroids"):
             assert value.shape == (2, 5, 8)
             torch.testing.assert_close(value.norm(dim=-1), torch.ones(2, 5))
         else:
@@ -69,7 +71,7 @@ def test_the_way_back_leaves_the_routers_out(source, text, tmp_path):
     with pytest.raises(ValueError, match="2 of 3 are local_routed_attention"):
         to_dense(tmp_path / "routed", tmp_path / "dense")
     report = to_dense(tmp_path / "routed", tmp_path / "dense", allow_pattern_change=True)
-    assert len(report.tensors_skipped) == 6
+    assert len(report.tensors_skipped) == 8
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (source, tmp_path / "dense"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -88,5 +90,5 @@ def test_refusals(source, text, tmp_path):
         convert_checkpoint(source, tmp_path / "x", calibration=tmp_path / "nowhere", **ROUTED)
     assert not (tmp_path / "x").exists()
     dry = convert_checkpoint(source, tmp_path / "x", calibration=Calibration([str(text)], 4096), dry_run=True, **ROUTED)
-    assert dry.parameters == sum(x.numel() for x in tiny_model("full").parameters()) + 2 * (2 * 5 * 8 + 6 * 48 + 6)
+    assert dry.parameters == sum(x.numel() for x in tiny_model("full").parameters()) + 2 * (2 * 5 * 8 + 6 * 5 * 8 + 6 * 48 + 6)
     assert not (tmp_path / "x").exists()
