@@ -20,6 +20,8 @@ from ..attention.rotary import rotate
 
 SAMPLED_QUERIES = 4096
 """Queries of a layer, from all windows together."""
+BLOCK = 128
+"""Queries whose attention is held at once."""
 STEPS, BATCH, LEARNING_RATE = 150, 512, 0.02
 
 
@@ -73,18 +75,18 @@ def remote_shares(
     cos, sin = recorded.position_embeddings or (None, None)
     for query, key in zip(recorded.queries, recorded.keys, strict=True):
         query, key = query.float()[None], key.float()[None]
-        clusters = assign_keys(key, centroids)
         queries.append(query[0])
+        members = nn.functional.one_hot(assign_keys(key, centroids), centroids.shape[1]).float()
         if rotary:
             query, key = rotate(query, cos[:, positions], sin[:, positions]), rotate(key, cos, sin)
-        groups = key.shape[1]
-        logits = query.unflatten(1, (groups, -1)) @ key[:, :, None].transpose(-1, -2) * key.shape[-1] ** -0.5
-        tokens = torch.arange(key.shape[2], device=key.device)
-        weights = logits.masked_fill(tokens > positions[:, None], float("-inf")).softmax(-1)
-        weights *= (tokens >= pattern.num_sink_tokens) & (tokens <= positions[:, None] - pattern.window)
-        index = clusters[:, :, None, None].expand_as(weights)
-        sums = weights.new_zeros(*weights.shape[:-1], centroids.shape[1]).scatter_add_(-1, index, weights)
-        shares.append(sums[0].flatten(0, 1))
+        query = query.unflatten(1, (key.shape[1], -1)) * key.shape[-1] ** -0.5
+        for own, places in zip(query.split(BLOCK, 3), positions.split(BLOCK), strict=True):
+            length = int(places[-1]) + 1
+            tokens, edges = torch.arange(length, device=key.device), places[:, None]
+            logits = own @ key[:, :, None, :length].transpose(-1, -2)
+            weights = logits.masked_fill_(tokens > edges, float("-inf")).softmax(-1)
+            weights *= (tokens >= pattern.num_sink_tokens) & (tokens <= edges - pattern.window)
+            shares.append((weights @ members[:, :, None, :length])[0].flatten(0, 1))
     return torch.cat(queries, 1), torch.cat(shares, 1)
 
 

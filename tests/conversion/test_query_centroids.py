@@ -17,8 +17,9 @@ from modeling_deepseek_r1.conversion.query_centroids import (
 from tests.models import random_ids, tiny_model
 
 
-def test_shares_are_those_of_full_attention():
+def test_shares_are_those_of_full_attention(monkeypatch):
     """Against the weights that the model itself gives, added up key by key."""
+    monkeypatch.setattr("modeling_deepseek_r1.conversion.query_centroids.BLOCK", 5)
     model, pattern = tiny_model("full", attn_implementation="eager"), AttentionPattern(4, 2, 1, 9)
     windows = random_ids(2, 20)
     positions = sampled_positions(pattern, 20, 2, seed=0)
