@@ -19,10 +19,10 @@ from ..configuration.sparse import OWN_LAYER_TYPES
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
 from .query_centroids import fit_query_centroids, record, remote_shares, sampled_positions
 
-WINDOW_TOKENS = 4096
-"""Tokens of a calibration window, long enough for queries to have many remote keys."""
+WINDOW_TOKENS = 8192
+"""Tokens of a calibration window, long enough for queries to have more remote keys than they may see."""
 SHORT_WINDOW_TOKENS = 2048
-"""Of a shorter text, the least that is read."""
+"""The least that is read, of a shorter text or by a model that knows no longer ones."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def text_windows(
     # Roughly four characters a token; encoding a whole book for its first pages would be a waste.
     limit = (share + calibration.tried_tokens) * 12
     texts = {name: encode_text(tokenizer, read_text([name])[:limit]) for name in calibration.texts}
-    length = WINDOW_TOKENS if min(longest, *map(len, texts.values())) >= WINDOW_TOKENS else SHORT_WINDOW_TOKENS
+    length, most = WINDOW_TOKENS, min(longest, tokens // len(texts), *map(len, texts.values()))
+    while length > max(most, SHORT_WINDOW_TOKENS):
+        length //= 2
     windows, held_out = [], []
     for name, ids in texts.items():
         count = min(max(1, tokens // length // len(texts)), len(ids) // length)

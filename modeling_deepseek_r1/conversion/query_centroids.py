@@ -2,9 +2,9 @@
 
 A cluster's mean key direction says little about how much of a query's attention falls on the cluster: logits are products with
 rotated keys, and one key that fits outweighs many. While a model is converted, its full attention is there to be asked. For
-sampled queries of every routed layer, the weights of the remote keys are added up by cluster, and for each query head vectors p
-are found, beginning with the centroids, such that softmax(q . p_c / sqrt(D)) over the clusters c is close to these shares. (Learning
-an index from the attention that it is to find: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556.)
+sampled queries of every routed layer, the weights of the remote keys that they may see are added up by cluster, and for each query
+head vectors p are found, beginning with the centroids, such that softmax(q . p_c / sqrt(D)) over the clusters c is close to these
+shares. (Learning an index from the attention that it is to find: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556.)
 
 Shapes: H query heads, G key/value heads, C clusters, D head size, n tokens of a window, P sampled queries of a window.
 """
@@ -60,7 +60,7 @@ def sampled_positions(pattern: AttentionPattern, length: int, windows: int, seed
 def remote_shares(
     recorded: Recorder, centroids: torch.Tensor, pattern: AttentionPattern, rotary: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What full attention gives to the remote keys of each cluster.
+    """What full attention gives to the keys of each cluster that a query could see, if it looked into that cluster.
 
     Args:
         recorded: of a layer.
@@ -76,7 +76,11 @@ def remote_shares(
     for query, key in zip(recorded.queries, recorded.keys, strict=True):
         query, key = query.float()[None], key.float()[None]
         queries.append(query[0])
-        members = nn.functional.one_hot(assign_keys(key, centroids), centroids.shape[1]).float()
+        clusters = assign_keys(key, centroids)
+        members = nn.functional.one_hot(clusters, centroids.shape[1]).float()
+        members[:, :, : pattern.num_sink_tokens] = 0
+        counts = members.cumsum(2)
+        ranks = counts.gather(3, clusters[..., None]).squeeze(3)
         if rotary:
             query, key = rotate(query, cos[:, positions], sin[:, positions]), rotate(key, cos, sin)
         query = query.unflatten(1, (key.shape[1], -1)) * key.shape[-1] ** -0.5
@@ -85,7 +89,12 @@ def remote_shares(
             tokens, edges = torch.arange(length, device=key.device), places[:, None]
             logits = own @ key[:, :, None, :length].transpose(-1, -2)
             weights = logits.masked_fill_(tokens > edges, float("-inf")).softmax(-1)
-            weights *= (tokens >= pattern.num_sink_tokens) & (tokens <= edges - pattern.window)
+            # Of a cluster, a query reaches the most recent keys behind its window.
+            behind = counts[:, :, (places - pattern.window).clamp(min=0)].gather(
+                3, clusters[:, :, None, :length].expand(-1, -1, len(places), -1)
+            )
+            reached = (tokens <= edges - pattern.window) & (ranks[:, :, None, :length] > behind - pattern.routed_tokens)
+            weights *= reached[:, :, None]
             shares.append((weights @ members[:, :, None, :length])[0].flatten(0, 1))
     return torch.cat(queries, 1), torch.cat(shares, 1)
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_r1.conversion import convert_checkpoint, to_dense
-from modeling_deepseek_r1.conversion.calibrate import WINDOW_TOKENS, Calibration
+from modeling_deepseek_r1.conversion.calibrate import SHORT_WINDOW_TOKENS, Calibration
 from tests.models import tiny_model
 from tests.test_conversation import word_tokenizer
 
@@ -20,7 +20,7 @@ def source(tmp_path):
 @pytest.fixture
 def text(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(91, (2 * WINDOW_TOKENS + 5,), generator=generator).tolist()
+    words = torch.randint(91, (SHORT_WINDOW_TOKENS + 5,), generator=generator).tolist()
     (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
     return tmp_path / "text.txt"
 

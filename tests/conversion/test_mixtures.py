@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_deepseek_r1.configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from modeling_deepseek_r1.conversion import convert_checkpoint, to_dense
-from modeling_deepseek_r1.conversion.calibrate import WINDOW_TOKENS
+from modeling_deepseek_r1.conversion.calibrate import SHORT_WINDOW_TOKENS
 from modeling_deepseek_r1.conversion.to_dense import choose_family
 from tests.test_conversation import word_tokenizer
 
@@ -107,7 +107,7 @@ def test_hybrid_attention_is_calibrated_generates_and_trains(variant, tmp_path):
     """Routed keys are those that attention sees: after norm and clipping. Without anything remote the function is the source's."""
     save(model_of(variant, max_position_embeddings=4096), tmp_path / "source")
     word_tokenizer().save_pretrained(tmp_path / "source")
-    words = torch.randint(91, (WINDOW_TOKENS + 5,), generator=torch.Generator().manual_seed(0)).tolist()
+    words = torch.randint(91, (SHORT_WINDOW_TOKENS + 5,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
     report = convert_checkpoint(
         tmp_path / "source",

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek_r1.conversion import Calibration, convert_checkpoint
-from modeling_deepseek_r1.conversion.calibrate import WINDOW_TOKENS
+from modeling_deepseek_r1.conversion.calibrate import SHORT_WINDOW_TOKENS
 from modeling_deepseek_r1.conversion.recommend import COPIED_TOKENS, Candidate, LayerCost, candidate_patterns, choose
 from modeling_deepseek_r1.conversion.target import clusters_for
 from modeling_deepseek_r1.evaluation.perplexity import perplexity
@@ -27,13 +27,13 @@ def source(request, tmp_path):
 
 @pytest.fixture
 def words():
-    return torch.randint(91, (WINDOW_TOKENS + 700,), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.randint(91, (SHORT_WINDOW_TOKENS + 700,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.fixture
 def calibration(tmp_path, words):
     (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
-    return {"texts": (str(tmp_path / "text.txt"),), "tokens": WINDOW_TOKENS, "tried_tokens": 700}
+    return {"texts": (str(tmp_path / "text.txt"),), "tokens": SHORT_WINDOW_TOKENS, "tried_tokens": 700}
 
 
 def candidate(layer_types, increase, cost):
@@ -78,7 +78,9 @@ def test_what_is_written_is_what_was_measured(source, calibration, words, tmp_pa
     assert chosen["cost"] <= 0.3 < saved["patterns"][0]["cost"] == 1.0
     assert saved["patterns"][0]["layer_types"] == "FFF" and saved["patterns"][0]["increase"] == 0.0
     assert chosen["perplexity"] == min(row["perplexity"] for row in saved["patterns"] if row["cost"] <= 0.3)
-    held_out = word_tokenizer()(" ".join(f"w{word}" for word in words[WINDOW_TOKENS:]), add_special_tokens=False)["input_ids"]
+    held_out = word_tokenizer()(" ".join(f"w{word}" for word in words[SHORT_WINDOW_TOKENS:]), add_special_tokens=False)[
+        "input_ids"
+    ]
     ids = torch.tensor(held_out[: 700 - COPIED_TOKENS])
     again = perplexity(model, ids, context_length=len(ids), num_windows=1).perplexity
     assert math.isclose(again, chosen["perplexity"], rel_tol=1e-4)
