@@ -111,7 +111,7 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
         """`[features, hidden]`, row after row; arguments as in `RowEncoder`."""
         return self.row_encoder(row_numeric, row_categorical, row_missing).flatten(0, 1)
 
-    def encode_video_sound(self, features: torch.Tensor, mask: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    def encode_video_sound(self, features: torch.Tensor, mask: torch.Tensor | None, spans: torch.Tensor) -> torch.Tensor:
         """`[video features, hidden]`: what sounds at each feature of the videos, zeros for silence.
 
         Args:
@@ -141,7 +141,7 @@ class DeepseekR1Model(DeepseekR1MultimodalPreTrainedModel):
                     f"{names[0]} were given, but the model reads no {modality} input: it has"
                     f" {', '.join(['text', *self.config.placeholders])}"
                 )
-            features[modality] = encoders[modality](*(inputs[name] for name in names if inputs.get(name) is not None))
+            features[modality] = encoders[modality](*(inputs.get(name) for name in names))
         return features
 
     def places(self, input_ids: torch.Tensor, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -249,7 +249,7 @@ class DeepseekR1Processor(ProcessorMixin):
         """Spectra of the videos' sound, and which of its features belong to each feature of the frames."""
         if self.feature_extractor is None:
             raise ValueError("use_audio_in_video needs a feature extractor of sound, which this processor lacks")
-        rate, clips, spans = self.feature_extractor.sampling_rate, [], []
+        rate, spans = self.feature_extractor.sampling_rate, []
         sounds = [sound_of_video(video) for video in videos]
         clips = [
             read_audio(sound, f"sound of video {i}", rate, sampling_rate) for i, sound in enumerate(sounds) if sound is not None

@@ -2,8 +2,8 @@
 
 Centroids are unit vectors per key/value head. A key belongs to the centroid with the largest dot product, a query looks into
 the `count` largest (ties to the lower number), by vectors of its own head if there are any; both enter before rotation, so that a
-key's cluster does not depend on where it stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that depends on the key alone: what a token
-sees never depends on later ones.)
+key's cluster does not depend on where it stands. (Routing Transformer, https://arxiv.org/abs/2003.05997, but with a rule that
+depends on the key alone: what a token sees never depends on later ones.)
 
 Shapes: B batch, H query heads, G key/value heads, C clusters, D head size.
 """

@@ -127,6 +127,9 @@ def test_sound_in_a_video_is_fused_with_its_frames(model):
         fused = model.model.join(**inputs).arguments["inputs_embeds"][places]
         words = model.get_input_embeddings()(batch["input_ids"][places])
         torch.testing.assert_close(fused, model.model.fusion(words, features["video"], expected))
+        # Without a mask all frames are real, as here.
+        unmasked = model(**{**batch, "video_sound_features_mask": None}).logits
+        torch.testing.assert_close(unmasked, model(**batch).logits)
         silent = {**batch, "video_sound_spans": torch.zeros(8, 2, dtype=torch.long)}
         torch.testing.assert_close(model(**silent).logits, model(**mixed_batch()).logits)
     settings = {**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
