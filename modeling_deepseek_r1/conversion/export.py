@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
@@ -61,6 +61,10 @@ CODE = {
     ),
 }
 """Model type -> what travels with a checkpoint of it."""
+
+QUANTIZER = {"quantization.quantizer": "quantization_quantizer"}
+QUANTIZED_CLASSES = "quantized_classes"
+"""What travels with a quantized checkpoint besides."""
 
 PROCESSOR_CONFIG = "processor_config.json"
 
@@ -120,7 +124,10 @@ def export_checkpoint(
     check_destination(destination, overwrite)
     limit = convert_file_size_to_int(max_shard_size)
     travelling = CODE[config["model_type"]]
-    code = flatten_modules(Path(__file__).parents[1], PACKAGE, travelling.entries)
+    auto_map, quantized = travelling.auto_map, bool(config.get("quantization_config"))
+    code = flatten_modules(Path(__file__).parents[1], PACKAGE, travelling.entries | (QUANTIZER if quantized else {}))
+    if quantized:
+        code[f"{QUANTIZED_CLASSES}.py"], auto_map = quantized_classes(auto_map)
     accompanying = accompanying_files(source)
 
     notes = clean_leftovers(destination)
@@ -135,17 +142,29 @@ def export_checkpoint(
             shutil.copyfile(source / name, folder / name)
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "config.json").write_text(_with_auto_map(config, travelling.auto_map), encoding="utf-8")
-        own = {auto: place for auto, place in travelling.auto_map.items() if auto == AutoProcessor.__name__}
+        (folder / "config.json").write_text(_with_auto_map(config, auto_map), encoding="utf-8")
+        own = {auto: place for auto, place in auto_map.items() if auto == AutoProcessor.__name__}
         if own and (source / PROCESSOR_CONFIG).is_file():
             processor = json.loads((source / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
             (folder / PROCESSOR_CONFIG).write_text(_with_auto_map(processor, own), encoding="utf-8")
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     known = {*sizes, *weights, *COPIED_FOLDERS}
     left_out = sorted(path.name for path in source.iterdir() if path.name not in known)
-    return ExportReport(
-        destination, tuple(sorted(sizes)), sum(sizes.values()), dict(travelling.auto_map), tuple(left_out), tuple(notes)
-    )
+    return ExportReport(destination, tuple(sorted(sizes)), sum(sizes.values()), dict(auto_map), tuple(left_out), tuple(notes))
+
+
+def quantized_classes(auto_map: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """A file whose import makes transformers know the quantization method, and the `auto_map` of the classes in it.
+
+    They are subclasses of the model classes: by the file that defines a class, `save_pretrained` finds what it has to write.
+    """
+    models = {auto: place.split(".") for auto, place in auto_map.items() if auto.startswith(AutoModel.__name__)}
+    classes = sorted({(name, module) for module, name in models.values()})
+    lines = ['"""The classes of a quantized checkpoint; this import makes transformers know how it is stored."""\n']
+    lines += [f"from .{module} import {name} as Plain{name}" for name, module in classes]
+    lines += [f"from .{flat} import register" for flat in QUANTIZER.values()]
+    lines += ["\nregister()", *(f"\n\nclass {name}(Plain{name}):\n    pass" for name, _ in classes)]
+    return "\n".join(lines) + "\n", {**auto_map, **{auto: f"{QUANTIZED_CLASSES}.{name}" for auto, (_, name) in models.items()}}
 
 
 def _with_auto_map(fields: dict, auto_map: dict[str, str]) -> str:
@@ -166,8 +185,6 @@ def _read_config(source: Path) -> dict:
             f"{path} has model_type={model_type!r}; only checkpoints of this library ({' or '.join(map(repr, CODE))}) can be exported,"
             " convert it first"
         )
-    if config.get("quantization_config"):
-        raise ValueError(f"{source} is quantized, which takes this package to load; export the checkpoint that it was made of")
     return config
 
 

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1TextConfig, cli
+from modeling_deepseek_r1 import DeepseekR1ForCausalLM, DeepseekR1QuantizationConfig, DeepseekR1TextConfig, cli
 from modeling_deepseek_r1.conversion.export import export_checkpoint
 from modeling_deepseek_r1.conversion.flatten import HUB_IMPORTS
+from modeling_deepseek_r1.quantization.run import quantize_checkpoint
 
 WORDS = [f"w{i}" for i in range(60)]
 INPUT_IDS = torch.arange(4, 44).view(2, 20)
@@ -86,6 +87,9 @@ def model():
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+        num_experts=3,
+        moe_intermediate_size=16,
     )
     return DeepseekR1ForCausalLM(config).eval()
 
@@ -103,6 +107,13 @@ def checkpoint(model, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     (folder / "optimizer.pt").write_bytes(b"not part of a model")
     (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
+    quantize_checkpoint(checkpoint, folder, DeepseekR1QuantizationConfig(bits=8))
     return folder
 
 
@@ -135,9 +146,14 @@ def run_fresh(script, cwd, *arguments):
 
 
 @pytest.mark.slow
-def test_the_export_loads_and_saves_again_where_the_package_is_missing(model, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "place"), [("checkpoint", "modeling_deepseek_r1"), ("quantized", "quantized_classes")], ids=["plain", "quantized"]
+)
+def test_the_export_loads_and_saves_again_where_the_package_is_missing(kind, place, request, tmp_path):
     from safetensors.torch import save_file
 
+    checkpoint = request.getfixturevalue(kind)
+    model = DeepseekR1ForCausalLM.from_pretrained(checkpoint)
     with torch.no_grad():
         logits = model(input_ids=INPUT_IDS).logits
         hidden = model.model(input_ids=INPUT_IDS).last_hidden_state
@@ -157,7 +173,7 @@ def test_the_export_loads_and_saves_again_where_the_package_is_missing(model, ch
     for folder in folders[1:]:
         assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")} == code
         auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
-        assert auto_map["AutoModelForCausalLM"] == "modeling_deepseek_r1.DeepseekR1ForCausalLM"
+        assert auto_map["AutoModelForCausalLM"] == f"{place}.DeepseekR1ForCausalLM"
 
 
 def test_what_is_written(checkpoint, tmp_path):
