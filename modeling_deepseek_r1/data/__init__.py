@@ -1,6 +1,6 @@
 """Training data: files and datasets in, tokenised and packed rows out."""
 
-from .augment import Augmented, WordReplacement, adversarial_loss, jitter_numbers, series_windows
+from .augment import Augmented, WordReplacement, adversarial_loss, jitter_numbers, jitter_rows, series_windows
 from .collate import CausalCollator, PackedCollator
 from .documents import Documents, DocumentStream
 from .encode import ChatEncoder, ClassificationEncoder, TextEncoder, data_task, make_encoder
@@ -26,6 +26,7 @@ __all__ = [
     "adversarial_loss",
     "data_task",
     "jitter_numbers",
+    "jitter_rows",
     "make_encoder",
     "open_data",
     "pack_pieces",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from .read import Record
+
 
 class Augmented(Dataset):
     """A dataset whose records are changed when they are read, in another way in every epoch, and always the same under a seed.
@@ -42,6 +44,27 @@ def jitter_numbers(row: Mapping[str, Any], generator: random.Random, share: floa
         else value
         for name, value in row.items()
     }
+
+
+def jitter_rows(record: Record, generator: random.Random, share: float = 0.05) -> Record:
+    """A conversation with `jitter_numbers` of its table rows, those of the column `rows` and those in blocks."""
+
+    def message(given: Any) -> Any:
+        if not isinstance(given, Mapping) or not isinstance(given.get("content"), list):
+            return given
+        return {**given, "content": [block(one) for one in given["content"]]}
+
+    def block(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        row = given.get("row")
+        return {**given, "row": jitter_numbers(row, generator, share)} if isinstance(row, Mapping) else given
+
+    fields = dict(record.fields)
+    if fields.get("rows"):
+        fields["rows"] = [jitter_numbers(row, generator, share) for row in fields["rows"]]
+    for column in ("messages", "prompt", "completion"):
+        if isinstance(fields.get(column), list):
+            fields[column] = [message(one) for one in fields[column]]
+    return record._replace(fields=fields)
 
 
 class WordReplacement:
@@ -91,24 +114,25 @@ def series_windows(series: Sequence, length: int, step: int) -> Iterator[Sequenc
     return (series[start : start + length] for start in range(0, len(series) - length + 1, step))
 
 
-def adversarial_loss(model, inputs: Mapping[str, Any], epsilon: float) -> torch.Tensor:
+def adversarial_loss(model, loss: Callable[[], torch.Tensor], epsilon: float) -> torch.Tensor:
     """The loss at embeddings moved by `epsilon` in the direction that raises it most (https://arxiv.org/abs/1605.07725).
 
-    To be added to the loss in a Trainer's `compute_loss`; it takes a forward and backward pass more.
+    It takes two forward and backward passes. `DeepseekR1Trainer` adds it to the loss with `adversarial_noise`.
 
     Args:
-        inputs: with labels.
+        model: whose token embeddings are moved.
+        loss: computes the loss with the model; called twice.
         epsilon: length of the change of each row, relative to that of the row's embeddings.
     """
     seen: list[torch.Tensor] = []
     with _embeddings(model, lambda embeddings: seen.append(embeddings.detach().requires_grad_()) or seen[0]):
-        (gradient,) = torch.autograd.grad(model(**inputs).loss, seen[0])
+        (gradient,) = torch.autograd.grad(loss(), seen[0])
     length = (
         seen[0].flatten(1).norm(dim=1) * epsilon / gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     )
     noise = (gradient * length[:, None, None]).detach()
     with _embeddings(model, lambda embeddings: embeddings + noise):
-        return model(**inputs).loss
+        return loss()
 
 
 @contextmanager

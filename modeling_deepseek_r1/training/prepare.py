@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
 from ..data import (
+    Augmented,
     CausalCollator,
     Documents,
     DocumentStream,
@@ -17,6 +19,7 @@ from ..data import (
     PackedStream,
     Records,
     data_task,
+    jitter_rows,
     make_encoder,
     open_data,
 )
@@ -60,6 +63,8 @@ def prepare_data(recipe: Recipe, tokenizer, label_names: list[str] | None = None
     """
     if hasattr(tokenizer, "tokenizer"):
         return _multimodal(recipe, tokenizer)
+    if recipe.number_jitter:
+        raise ValueError("number_jitter is for table rows, which only conversations for multimodal models have")
     records = _open(recipe, recipe.data)
     task = _task(recipe, records)
     evaluation = _open(recipe, recipe.eval_data) if recipe.eval_data else None
@@ -137,6 +142,8 @@ def _multimodal(recipe: Recipe, processor) -> TrainingData:
     elif recipe.eval_share:
         numbers = Documents({"input_ids": [number]} for number in range(len(train)))
         train, aside = ([train[one["input_ids"][0]] for one in part] for part in numbers.split(recipe.eval_share, recipe.seed))
+    if recipe.number_jitter:
+        train = Augmented(train, partial(jitter_rows, share=recipe.number_jitter), recipe.seed)
     return TrainingData(
         "multimodal", train, aside, MultimodalCollator(processor, recipe.length), documents=len(train), notes=notes
     )

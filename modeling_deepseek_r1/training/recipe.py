@@ -54,6 +54,10 @@ class Recipe:
     schedule: str = _setting("cosine", "how the learning rate falls, by transformers' names")
     weight_decay: float = _setting(0.0, "of AdamW")
     label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary")
+    adversarial_noise: float = _setting(
+        0.0, "also learn at embeddings moved so far, relative to their length, to where the loss is highest, e.g. 0.05"
+    )
+    number_jitter: float = _setting(0.0, "numbers in table rows vary by this share in training, e.g. 0.05")
     clipping: Literal["fixed", "adaptive"] = _setting(
         "fixed", "gradients are cut at norm 1 (max_grad_norm), or where their norm is unusual for this run"
     )
@@ -153,6 +157,10 @@ class Recipe:
             raise ValueError(f"eval_share={self.eval_share} must lie in [0, 1), and be 0 beside eval_data")
         if self.epochs <= 0 or self.learning_rate < 0 or not 0 <= self.warmup < 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("epochs must be above 0, learning_rate 0 or more, warmup in [0, 1), label_smoothing in [0, 1)")
+        if self.adversarial_noise < 0 or not 0 <= self.number_jitter < 1:
+            raise ValueError("adversarial_noise must be 0 or more, number_jitter in [0, 1)")
+        if self.heal_from and self.adversarial_noise:
+            raise ValueError("heal_from compares with a teacher that sees the same embeddings: no adversarial_noise")
         if self.streaming and (not self.max_steps or self.eval_share):
             raise ValueError(
                 "streaming needs max_steps, as nobody knows the data's length, and eval_data instead of eval_share"

@@ -229,6 +229,7 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         "lr_scheduler_type": recipe.schedule,
         "weight_decay": recipe.weight_decay,
         "label_smoothing_factor": recipe.label_smoothing,
+        "adversarial_noise": recipe.adversarial_noise,
         "seed": recipe.seed,
         # Without being told so, transformers refuses bf16 where there is no accelerator.
         "use_cpu": not torch.accelerator.is_available(),

@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..data.augment import adversarial_loss
 from ..quantization import DeepseekR1QuantizationConfig
 from .arguments import DeepseekR1TrainingArguments
 from .balance import BiasUpdate, biased_routers
@@ -32,6 +33,7 @@ class DeepseekR1Trainer(Trainer):
       over the micro-batches of a step; `utilisation`, a dictionary, and single numbers such as `aux_loss`, as means.
     - Label smoothing shifts the labels, divides by the items of the whole step, and keeps the auxiliary losses. It acts in
       training only: the loss of an evaluation stays the one that perplexity is made of.
+    - With `adversarial_noise`, the loss at embeddings that are moved to where it is highest is added in training.
     - With `quantization_aware`, forwards see rounded weights (`QuantizationAware`).
     - A run with an adapter resumes with the centroids that it had: a PEFT checkpoint does not hold them.
     """
@@ -63,8 +65,18 @@ class DeepseekR1Trainer(Trainer):
         if model.training:
             if self.args.label_smoothing_factor and "labels" in inputs and self.compute_loss_func is None:
                 loss = loss + self.args.label_smoothing_factor * self._smoothing(outputs, inputs, num_items_in_batch)
+            if self.args.adversarial_noise:
+                loss = loss + self._adversarial(model, inputs, outputs, num_items_in_batch)
             self._remember(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _adversarial(self, model, inputs: dict[str, Any], outputs, num_items_in_batch) -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            return super(DeepseekR1Trainer, self).compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        noisy = adversarial_loss(self.accelerator.unwrap_model(model), compute, self.args.adversarial_noise)
+        outputs.loss_parts = {**(getattr(outputs, "loss_parts", None) or {}), "adversarial_loss": noisy}
+        return noisy
 
     def _smoothing(self, outputs, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
         """What smoothing by 1 would add to the cross-entropy.

@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from modeling_deepseek_r1.data.augment import Augmented, WordReplacement, adversarial_loss, jitter_numbers, series_windows
+from modeling_deepseek_r1.data.augment import (
+    Augmented,
+    WordReplacement,
+    adversarial_loss,
+    jitter_numbers,
+    jitter_rows,
+    series_windows,
+)
+from modeling_deepseek_r1.data.read import Record
 
 from ..models import random_ids, tiny_model
 from .tokenizers import make_tokenizer
@@ -20,6 +28,20 @@ def test_numbers_vary_a_little_and_always_the_same_under_a_seed():
     assert ages != [row["age"] for row in Augmented(rows, jitter_numbers, seed=4)]
     data.set_epoch(1)
     assert ages != [row["age"] for row in data]
+
+
+def test_rows_of_a_conversation_vary_wherever_they_are():
+    row = {"age": 40.0, "job": "cook"}
+    content = [{"type": "row"}, {"type": "row", "row": row}, {"type": "text", "text": "40?"}]
+    record = Record(
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "40"}], "rows": [row]}, "x"
+    )
+    changed = jitter_rows(record, random.Random(0), 0.1)
+    (own,), (user, answer) = changed.fields["rows"], changed.fields["messages"]
+    inline = user["content"][1]["row"]
+    assert 36 <= own["age"] <= 44 and 36 <= inline["age"] <= 44 and len({own["age"], inline["age"], 40.0}) == 3
+    assert own["job"] == inline["job"] == "cook" and changed.where == "x" and record.fields["rows"] == [row]
+    assert user["content"][0] == content[0] and user["content"][2] == content[2] and answer == record.fields["messages"][1]
 
 
 def test_words_are_replaced_by_likely_ones():
@@ -53,7 +75,7 @@ def test_noise_against_the_model_hurts_more_than_other_noise():
     model, ids = tiny_model(), random_ids(2, 20)
     inputs = {"input_ids": ids, "labels": ids}
     plain = model(**inputs).loss
-    adversarial = adversarial_loss(model, inputs, 0.1)
+    adversarial = adversarial_loss(model, lambda: model(**inputs).loss, 0.1)
     embeddings = model.get_input_embeddings()(ids)
     noise = torch.randn_like(embeddings)
     noise *= (0.1 * embeddings.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1))[:, None, None]

@@ -10,6 +10,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deepseek_r1 import cli
 from modeling_deepseek_r1.conversion import compose_checkpoint
+from modeling_deepseek_r1.training import Recipe
+from modeling_deepseek_r1.training.prepare import prepare_data
 from tests.data.tokenizers import make_tokenizer
 from tests.models import tiny_model
 from tests.multimodal.models import VISION
@@ -81,6 +83,19 @@ def test_what_is_refused(source, data, tmp_path, capsys, arguments, message):
     command = ["train", source, data, "--output", tmp_path / "out", "--max-steps", 1, "--packing", "none", *arguments]
     assert cli.main(list(map(str, command))) == 1
     assert message in capsys.readouterr().err
+
+
+def test_numbers_of_rows_vary_in_training_alone(source, tmp_path):
+    messages = [{"role": "user", "content": [{"type": "row"}]}, {"role": "assistant", "content": "x"}]
+    line = json.dumps({"messages": messages, "rows": [{"age": 40.0, "job": "cook"}]})
+    (tmp_path / "rows.jsonl").write_text("\n".join([line] * 20))
+    given = {"model": str(source), "data": [str(tmp_path / "rows.jsonl")], "output": "x", "packing": "none", "eval_share": 0.2}
+    recipe = Recipe().changed({**given, "number_jitter": 0.1})
+    data = prepare_data(recipe, AutoProcessor.from_pretrained(source))
+    ages, aside = ([one.fields["rows"][0]["age"] for one in part] for part in (data.train, data.evaluation))
+    assert set(aside) == {40.0} and len(set(ages)) == len(ages) and all(36 <= age <= 44 for age in ages)
+    with pytest.raises(ValueError, match="number_jitter is for table rows"):
+        prepare_data(recipe, make_tokenizer())
 
 
 def test_data_without_conversations_are_refused(source, tmp_path, capsys):

@@ -80,6 +80,24 @@ def test_label_smoothing_is_that_of_torch(tmp_path):
     torch.testing.assert_close(*gradients)
 
 
+def test_noise_against_the_model_is_added_in_training_alone(tmp_path):
+    model = tiny_model("mixed").train()
+    trainer = make_trainer(model, tmp_path, adversarial_noise=0.1)
+    batch = trainer.data_collator([make_rows()[number] for number in range(3)])
+    plain = trainer.compute_loss(model.eval(), batch)
+    torch.testing.assert_close(plain, model(**batch).loss)
+    loss = trainer.compute_loss(model.train(), batch)
+    assert loss - plain > plain + 0.01, "what is added is a loss at worse embeddings"
+    items = (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(trainer.compute_loss(model, batch, num_items_in_batch=4 * items), loss / 4)
+    trainer = make_trainer(model, tmp_path, adversarial_noise=0.1)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["loss"] > line["adversarial_loss"] > line["loss"] / 2 for line in lines) and len(lines) == 4
+    with pytest.raises(ValueError, match="adversarial_noise=-1 must be 0 or more"):
+        make_arguments(tmp_path, adversarial_noise=-1)
+
+
 def test_label_smoothing_of_a_classification(tmp_path):
     torch.manual_seed(0)
     model = randomise(DeepseekR1ForSequenceClassification(tiny_config("mixed", num_labels=3))).train()
