@@ -16,9 +16,9 @@ from .routed import Routing
 class RemoteGate(Float32Module):
     """How much the remote keys of a layer count.
 
-    The gate of query head h at hidden state x is g = 2 sigmoid(w_h . x + b_h): zero parameters mean g = 1, so that a converted
-    model treats remote keys like near ones; a new model starts with Xavier-uniform weights. All of it, and what the subclasses
-    add, is float32, whatever the model's dtype.
+    The gate of query head h at hidden state x is g = 2 sigmoid(w_h . x + b_h): zero parameters mean g = 1, remote keys count like
+    near ones. In a converted model the weights are zero, and so are the biases of global layers; those of routed ones are fitted.
+    A new model starts with Xavier-uniform weights. All of it, and what the subclasses add, is float32, whatever the model's dtype.
 
     Args:
         hidden_size: width of x.

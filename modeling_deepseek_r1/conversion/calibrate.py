@@ -1,7 +1,7 @@
 """One pass over a text, with the model that is being converted: the keys of every layer, clustered for routed attention.
 
-The model runs with the source's own attention. Its keys before rotation are clustered by their directions, and query centroids
-are fitted to what its queries attend to (`query_centroids.py`). Gates start at zero, which lets remote keys count like near ones.
+The model runs with the source's own attention. Its keys before rotation are clustered by their directions, query centroids are
+fitted to what its queries attend to (`query_centroids.py`), and gates to what its layers add then (`remote_gates.py`).
 """
 
 import os
@@ -17,7 +17,9 @@ from ..attention.layer import layer_pattern
 from ..configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from ..configuration.sparse import OWN_LAYER_TYPES
 from ..modeling_deepseek_r1 import DeepseekR1ForCausalLM
-from .query_centroids import fit_query_centroids, record, remote_shares, sampled_positions
+from .query_centroids import fit_query_centroids, remote_shares
+from .recorded import record, sampled_positions
+from .remote_gates import fit_gate_bias, remote_errors
 
 WINDOW_TOKENS = 8192
 """Tokens of a calibration window, long enough for queries to have more remote keys than they may see."""
@@ -134,7 +136,7 @@ def text_windows(
 def fit_routers(
     model: DeepseekR1ForCausalLM, config: DeepseekR1TextConfig, windows: torch.Tensor, seed: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `router_tensors(config)`: fitted centroids and query centroids, and gates at zero.
+    """The tensors of `router_tensors(config)`: fitted centroids, query centroids and biases of the gates; their weights are zero.
 
     Args:
         model: as `load_plain` makes it.
@@ -149,12 +151,14 @@ def fit_routers(
     count, length = windows.shape
     positions = {layer_idx: sampled_positions(patterns[layer_idx], length, count, seed) for layer_idx in routed}
     recorded = record(model, positions, tqdm(windows, unit="window", desc="calibrating", disable=None))
-    tensors = {name: torch.zeros(shape) for name, shape in router_tensors(config).items() if not name.endswith("centroids")}
+    tensors = {name: torch.zeros(shape) for name, shape in router_tensors(config).items() if name.endswith("weight")}
     for layer_idx in tqdm(routed, unit="layer", desc="clustering", disable=None):
         own, clusters = recorded.pop(layer_idx), config.sparse_attention_of(layer_idx).num_clusters
         centroids = fit_centroids(torch.cat(own.keys, 1).float(), clusters, seed=seed)
-        queries, shares = remote_shares(own, centroids, patterns[layer_idx], bool(config.no_rope_layers[layer_idx]))
-        prefix = router_prefix(layer_idx)
-        tensors[f"{prefix}.centroids"] = centroids
-        tensors[f"{prefix}.query_centroids"] = fit_query_centroids(queries, shares, centroids, seed)
+        layer = patterns[layer_idx], bool(config.no_rope_layers[layer_idx])
+        query_centroids = fit_query_centroids(*remote_shares(own, centroids, *layer), centroids, seed)
+        projection = model.model.layers[layer_idx].self_attn.o_proj.weight
+        errors = remote_errors(own, centroids, query_centroids, *layer, projection)
+        fitted = {"centroids": centroids, "query_centroids": query_centroids, "bias": fit_gate_bias(errors)}
+        tensors |= {f"{router_prefix(layer_idx)}.{name}": tensor for name, tensor in fitted.items()}
     return tensors

@@ -6,54 +6,16 @@ sampled queries of every routed layer, the weights of the remote keys that they 
 head vectors p are found, beginning with the centroids, such that softmax(q . p_c / sqrt(D)) over the clusters c is close to these
 shares. (Learning an index from the attention that it is to find: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556.)
 
-Shapes: H query heads, G key/value heads, C clusters, D head size, n tokens of a window, P sampled queries of a window.
+Shapes: H query heads, G key/value heads, C clusters, D head size.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..attention.kmeans import assign_keys
 from ..attention.pattern import AttentionPattern
-from ..attention.rotary import rotate
+from .recorded import Recorder, attention_blocks
 
-SAMPLED_QUERIES = 4096
-"""Queries of a layer, from all windows together."""
-BLOCK = 128
-"""Queries whose attention is held at once."""
 STEPS, BATCH, LEARNING_RATE = 150, 512, 0.02
-
-
-class Recorder(nn.Module):
-    """In the place of a router while the model reads: keeps keys and some queries before rotation.
-
-    Args:
-        positions: `[P]` of the queries that are kept.
-
-    Attributes:
-        queries, keys: `[H, P, D]` and `[G, n, D]` bfloat16 of each window.
-        position_embeddings: of a window's tokens, the same for all.
-    """
-
-    def __init__(self, positions: torch.Tensor):
-        super().__init__()
-        self.positions = positions
-        self.queries: list[torch.Tensor] = []
-        self.keys: list[torch.Tensor] = []
-        self.position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def forward(self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
-        self.queries.append(query[0, :, self.positions].to(torch.bfloat16))
-        self.keys.append(key[0].to(torch.bfloat16))
-
-
-def sampled_positions(pattern: AttentionPattern, length: int, windows: int, seed: int) -> torch.Tensor:
-    """`[P]` positions of a window's tokens that have remote keys, in order; empty where none has."""
-    first = min(pattern.window + pattern.num_sink_tokens, length)
-    count = min(length - first, max(1, SAMPLED_QUERIES // windows))
-    chosen = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))[:count]
-    return (first + chosen).sort().values
 
 
 @torch.no_grad()
@@ -62,41 +24,17 @@ def remote_shares(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What full attention gives to the keys of each cluster that a query could see, if it looked into that cluster.
 
-    Args:
-        recorded: of a layer.
-        centroids: `[G, C, D]`.
-        pattern: of the routed layer.
-        rotary: whether the layer rotates queries and keys.
+    Arguments are those of `attention_blocks`.
 
     Returns:
         Queries before rotation `[H, N, D]` and shares `[H, N, C]` of all their attention, float32.
     """
-    queries, shares, positions = [], [], recorded.positions
-    cos, sin = recorded.position_embeddings or (None, None)
-    for query, key in zip(recorded.queries, recorded.keys, strict=True):
-        query, key = query.float()[None], key.float()[None]
-        queries.append(query[0])
-        clusters = assign_keys(key, centroids)
-        members = nn.functional.one_hot(clusters, centroids.shape[1]).float()
-        members[:, :, : pattern.num_sink_tokens] = 0
-        counts = members.cumsum(2)
-        ranks = counts.gather(3, clusters[..., None]).squeeze(3)
-        if rotary:
-            query, key = rotate(query, cos[:, positions], sin[:, positions]), rotate(key, cos, sin)
-        query = query.unflatten(1, (key.shape[1], -1)) * key.shape[-1] ** -0.5
-        for own, places in zip(query.split(BLOCK, 3), positions.split(BLOCK), strict=True):
-            length = int(places[-1]) + 1
-            tokens, edges = torch.arange(length, device=key.device), places[:, None]
-            logits = own @ key[:, :, None, :length].transpose(-1, -2)
-            weights = logits.masked_fill_(tokens > edges, float("-inf")).softmax(-1)
-            # Of a cluster, a query reaches the most recent keys behind its window.
-            behind = counts[:, :, (places - pattern.window).clamp(min=0)].gather(
-                3, clusters[:, :, None, :length].expand(-1, -1, len(places), -1)
-            )
-            reached = (tokens <= edges - pattern.window) & (ranks[:, :, None, :length] > behind - pattern.routed_tokens)
-            weights *= reached[:, :, None]
-            shares.append((weights @ members[:, :, None, :length])[0].flatten(0, 1))
-    return torch.cat(queries, 1), torch.cat(shares, 1)
+    shares = [torch.zeros(len(recorded.queries[0]), 0, centroids.shape[1])]
+    for block in attention_blocks(recorded, centroids, pattern, rotary):
+        weights = block.logits.softmax(-1) * block.reached[:, None]
+        members = nn.functional.one_hot(block.clusters, centroids.shape[1]).float()
+        shares.append((weights @ members[:, None]).flatten(0, 1))
+    return torch.cat([query.float() for query in recorded.queries], 1), torch.cat(shares, 1)
 
 
 @torch.enable_grad()
@@ -126,32 +64,3 @@ def fit_query_centroids(queries: torch.Tensor, shares: torch.Tensor, centroids: 
         loss.backward()
         optimizer.step()
     return points.detach() / scale
-
-
-def record(model, layers: dict[int, torch.Tensor], windows: Sequence[torch.Tensor]) -> dict[int, Recorder]:
-    """Keys and some queries of some layers of a model, while it reads windows.
-
-    Args:
-        model: with full attention in these layers.
-        layers: number -> positions of the queries.
-        windows: `[n]` token ids each.
-    """
-    recorders, hooks = {}, []
-    for layer_idx, positions in layers.items():
-        attention = model.model.layers[layer_idx].self_attn
-        recorder = recorders[layer_idx] = attention.router = Recorder(positions)
-
-        def look(module, args, recorder=recorder):
-            recorder.position_embeddings = args[1]
-
-        hooks.append(attention.register_forward_pre_hook(look))
-    try:
-        with torch.no_grad():
-            for window in windows:
-                model.model(window.unsqueeze(0), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer_idx in layers:
-            model.model.layers[layer_idx].self_attn.router = None
-    return recorders

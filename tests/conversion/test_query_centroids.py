@@ -8,18 +8,14 @@ from modeling_deepseek_r1.attention.gate import DeepseekR1Router
 from modeling_deepseek_r1.attention.kmeans import assign_keys, fit_centroids
 from modeling_deepseek_r1.attention.layer import layer_pattern
 from modeling_deepseek_r1.attention.pattern import AttentionPattern
-from modeling_deepseek_r1.conversion.query_centroids import (
-    fit_query_centroids,
-    record,
-    remote_shares,
-    sampled_positions,
-)
+from modeling_deepseek_r1.conversion.query_centroids import fit_query_centroids, remote_shares
+from modeling_deepseek_r1.conversion.recorded import record, sampled_positions
 from tests.models import random_ids, tiny_model
 
 
 def test_shares_are_those_of_full_attention(monkeypatch):
     """Against the weights that the model itself gives, added up key by key: the last three of each cluster."""
-    monkeypatch.setattr("modeling_deepseek_r1.conversion.query_centroids.BLOCK", 5)
+    monkeypatch.setattr("modeling_deepseek_r1.conversion.recorded.BLOCK", 5)
     model, pattern = tiny_model("full"), AttentionPattern(4, 2, 1, 3)
     windows = random_ids(2, 20)
     positions = sampled_positions(pattern, 20, 2, seed=0)
