@@ -23,6 +23,10 @@ from modeling_deepseek_r1.tokenization.images import read_image
 
 SPOKEN = "What is said?"
 RENDITIONS = {"words": 24, "sentences": 4}
+THEREFORE = ": "
+"""Between what is seen and the answer that follows from it."""
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
 HELD_OUT = 8
 """Every so many-th sentence is held out."""
 
@@ -34,13 +38,19 @@ TEMPLATE = (
 
 
 class Row(NamedTuple):
-    """A question, its answer, and what it is about: `kind` "image" or "audio", features, samples of a clip at 16 kHz."""
+    """A question, its answer, and what it is about: `kind` "image" or "audio", features, samples of a clip at 16 kHz, and what is
+    said before the answer."""
 
     question: str
     answer: str
     kind: str
     features: torch.Tensor
     samples: int = 0
+    thought: str = ""
+
+    @property
+    def told(self) -> str:
+        return f" {self.thought}{THEREFORE}{self.answer}" if self.thought else f" {self.answer}"
 
 
 class Precomputed(nn.Module):
@@ -52,7 +62,11 @@ class Precomputed(nn.Module):
 
 @torch.no_grad()
 def picture_questions(split: str, model, processor, folder: Path) -> list[Row]:
-    """easy-vqa's questions of a split, "train" or "test"."""
+    """easy-vqa's questions of a split, "train" or "test".
+
+    Whether there is a red shape is easier to say after saying which colour is there: that is the `thought` of such questions, taken
+    from what other questions of the split tell about the same picture; those of which nothing is told are left out of "train".
+    """
     source = packaged_file("easy_vqa", f"data/{split}")
     file = folder / f"pictures_{split}.pt"
     if not file.exists():
@@ -65,7 +79,33 @@ def picture_questions(split: str, model, processor, folder: Path) -> list[Row]:
         torch.save(torch.cat(grids), file)
     grids = torch.load(file)
     questions = json.loads((source / "questions.json").read_text())
-    return [Row(question, answer, "image", grids[image]) for question, answer, image in questions]
+    facts: dict[tuple[int, tuple[str, ...]], str] = {}
+    for question, answer, image in questions:
+        for word in f"{question} {answer}".replace("?", "").split() if answer not in ("yes", "no") else ():
+            facts |= {(image, kind): word for kind in (COLOURS, SHAPES) if word in kind}
+    rows = []
+    for question, answer, image in questions:
+        thought = ""
+        if answer in ("yes", "no"):
+            kind = COLOURS if any(word in COLOURS for word in question.split()) else SHAPES
+            thought = facts.get((image, kind), "")
+            if not thought and split == "train":
+                continue
+        rows.append(Row(question, answer, "image", grids[image], thought=thought))
+    return rows
+
+
+def balanced(rows: list[Row]) -> list[Row]:
+    """Rows again and again, so that every question has each of its answers equally often: where the wording tells which answer is
+    likely, a model learns the wording and does not look."""
+    answers: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        answers.setdefault(row.question, {}).setdefault(row.answer, []).append(row)
+    result = []
+    for own in answers.values():
+        most = max(map(len, own.values())) if len(own) > 1 else 0
+        result += [some[number % len(some)] for some in own.values() for number in range(most)]
+    return result
 
 
 @torch.no_grad()
@@ -144,7 +184,7 @@ class Collate:
 
     def __call__(self, batch: list[list[Row]]) -> dict[str, torch.Tensor]:
         (rows,) = batch
-        answers = [{"role": "assistant", "content": f" {row.answer}"} for row in rows]
+        answers = [{"role": "assistant", "content": row.told} for row in rows]
         messages = [{"messages": [*self.question(row), answer]} for row, answer in zip(rows, answers, strict=True)]
         inputs = self.collate(messages) | self.features(rows)
         # Rows are padded on the left: only the last tokens are answers, and logits of others cost time.
@@ -172,7 +212,7 @@ def word_errors(said: str, heard: str) -> int:
 
 @torch.no_grad()
 def answer(model, collate: Collate, rows: list[Row], shift: int | None = 0, batch_size: int = 50) -> dict[str, float]:
-    """Share of exact answers, word error rate and mean consistency.
+    """Share of exact answers and word error rate, of what is said after any thought.
 
     Args:
         rows: all of one kind.
@@ -180,17 +220,24 @@ def answer(model, collate: Collate, rows: list[Row], shift: int | None = 0, batc
     """
     shown = [None] * len(rows) if shift is None else rows[shift:] + rows[:shift]
     right = errors = 0
-    consistency = []
-    longest = max(len(collate.processor.tokenizer(f" {row.answer}")["input_ids"]) for row in rows) + 2
+    longest = max(len(collate.processor.tokenizer(row.told)["input_ids"]) for row in rows) + 2
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         inputs = collate.prompts(some, shown[start : start + batch_size])
         tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in collate.processor.batch_decode(tokens, skip_special_tokens=True)]
+        texts = [text.split(THEREFORE)[-1].strip() for text in collate.processor.batch_decode(tokens, skip_special_tokens=True)]
         right += sum(text == row.answer for text, row in zip(texts, some, strict=True))
         errors += sum(word_errors(row.answer, text) for text, row in zip(texts, some, strict=True))
-        own = model(**inputs, logits_to_keep=1).consistency if shift is not None else None
-        consistency += [] if own is None else own.tolist()
     words = sum(len(row.answer.split()) for row in rows)
-    result = {"questions": len(rows), "exact": right / len(rows), "word_error_rate": errors / words}
-    return result | ({"consistency": sum(consistency) / len(consistency)} if consistency else {})
+    return {"questions": len(rows), "exact": right / len(rows), "word_error_rate": errors / words}
+
+
+@torch.no_grad()
+def consistency(model, collate: Collate, rows: list[Row], shift: int = 0, batch_size: int = 50) -> float:
+    """Mean consistency of questions with their answers and the pictures or clips of the rows so many places on."""
+    told = [
+        row._replace(features=shown.features, samples=shown.samples)
+        for row, shown in zip(rows, rows[shift:] + rows[:shift], strict=True)
+    ]
+    batches = (collate([told[start : start + batch_size]]) for start in range(0, len(told), batch_size))
+    return torch.cat([model(**batch).consistency for batch in batches]).mean().item()

@@ -1,6 +1,7 @@
 """The tables of README.md, docs/ and the model cards, one function for each kind of result in results/*.json."""
 
 import statistics
+from collections.abc import Iterable
 
 from benchmark_decode_engines import table as engines_table
 from benchmark_long_documents import table as long_documents
@@ -135,15 +136,14 @@ def healing_table(result: dict) -> str:
 def grpo_table(result: dict) -> str:
     """Rows: steps; columns: mean rewards of what was sampled."""
     settings, log = result["settings"], result["log"]
-    rows = [("held out, before", result["before"]["format"], result["before"]["answer"])]
+    rows = {"held out, before": [result["before"]["format"], result["before"]["answer"]]}
     for start in range(0, len(log), 4):
         part = log[start : start + 4]
         means = [statistics.mean(line[f"rewards/{name}_reward/mean"] for line in part) for name in ("format", "answer")]
-        rows.append((f"steps {start + 1}-{start + len(part)}", *means))
-    rows.append(("held out, after", result["after"]["format"], result["after"]["answer"]))
-    lines = ["| | reward for the format | for the answer |", "|---|--:|--:|"]
-    lines += [f"| {name} | {form:.2f} | {answer:.2f} |" for name, form, answer in rows]
-    return "\n".join(lines) + (
+        rows[f"steps {start + 1}-{start + len(part)}"] = means
+    rows["held out, after"] = [result["after"]["format"], result["after"]["answer"]]
+    cells = {name: [f"{mean:.2f}" for mean in means] for name, means in rows.items()}
+    return "\n".join(_grid("", ["reward for the format", "for the answer"], cells)) + (
         f"\n\n{settings['task']}, {settings['questions']} x {settings['generations']} answers of at most"
         f" {settings['completion_length']} tokens a step, {settings['examples']} examples before each question, adapters of rank"
         f" {settings['rank']}, learning rate {settings['learning_rate']:g}; {settings['held_out']} questions held out.\n"
@@ -201,48 +201,48 @@ def block_table(result: dict) -> str:
 
 def progressive_table(result: dict) -> str:
     """Held-out loss and mean number of active experts of both runs, at each measured step."""
-    runs = result["runs"]
-    steps = [point["step"] for point in runs["fixed"]]
-    lines = ["| step | " + " | ".join(map(str, steps)) + " |", "|:--|" + "--:|" * len(steps)]
-    for name, points in runs.items():
-        lines.append(f"| {name} | " + " | ".join(f"{point['loss']:.3f} ({point['active']:.1f})" for point in points) + " |")
-    return "\n".join(lines) + "\n\nHeld-out loss, and in brackets the mean number of active experts.\n"
+    steps = [str(point["step"]) for point in result["runs"]["fixed"]]
+    cells = {name: [f"{p['loss']:.3f} ({p['active']:.1f})" for p in points] for name, points in result["runs"].items()}
+    return "\n".join(_grid("step", steps, cells)) + "\n\nHeld-out loss, and in brackets the mean number of active experts.\n"
+
+
+def _grid(title: str, columns: Iterable[str], rows: dict[str, Iterable[str]]) -> list[str]:
+    """Lines of a table: title of the first column, those of the others, and the cells behind each row's name."""
+    columns = list(columns)
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|:--|" + "--:|" * len(columns)]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
 
 
 def multimodal_table(result: dict) -> str:
     """Rows: held-out tasks; columns: exact answers and word errors with the own input, another one, and none. Below: controls."""
-    shown = {"own": "", "of another": "another's", "none": "none"}
-    titles = [f"{what}{', ' * bool(kind)}{kind}" for what in ("exact", "word errors") for kind in shown.values()]
-    lines = ["| | questions | " + " | ".join(titles) + " |", "|:--|" + "--:|" * (len(titles) + 1)]
-    for name, found in result["results"].items():
-        cells = [f"{found[kind][what]:.0%}" for what in ("exact", "word_error_rate") for kind in shown]
-        lines.append(f"| {name} | {found['own']['questions']:,} | " + " | ".join(cells) + " |")
-    settings, training, pictures = result["settings"], result["training"], result["results"]["pictures"]
-    lines += [
-        "",
+    shown, found = {"own": "", "of another": ", another's", "none": ", none"}, result["results"]
+    titles = ["questions", *(f"{what}{kind}" for what in ("exact", "word errors") for kind in shown.values())]
+    cells = {
+        name: [f"{own['own']['questions']:,}"]
+        + [f"{own[kind][what]:.0%}" for what in ("exact", "word_error_rate") for kind in shown]
+        for name, own in found.items()
+    }
+    settings, training = result["settings"], result["training"]
+    about = (
         f"{settings['trained_weights'] / 1e6:.1f}M weights trained for {settings['steps']:,} steps of {settings['batch_size']} questions"
         f" or words, {training['seconds'] / 60:.0f} minutes on {settings['threads']} thread(s), measurements included. Another's: the"
-        " picture or clip of another question. Consistency of words and picture:"
-        f" {result['before']['consistency']:.2f} before, {pictures['own']['consistency']:.2f} after,"
-        f" {pictures['of another']['consistency']:.2f} with another picture.",
-    ]
-    parts = {"as trained": {name: found["own"] for name, found in result["results"].items()}}
-    parts |= {f"{part} off": found for part, found in result["switched_off"].items()}
-    lines += ["", "| exact | " + " | ".join(parts) + " |", "|:--|" + "--:|" * len(parts)]
-    lines += [
-        f"| {name} | " + " | ".join(f"{own[name]['exact']:.0%}" for own in parts.values()) + " |" for name in result["results"]
-    ]
-    lines += [
-        "",
-        "Off: in the trained model, 500 questions; features without gates, closed bridges, routing blind to modality.",
-    ]
+        " picture or clip of another question."
+    )
+    kinds = {"before": "before training", "after": "after", "of another": "after, another's"}
+    agreement = {name: [f"{own[kind]:.3f}" for kind in kinds] for name, own in result["consistency"].items()}
+    parts = {"as trained": {name: own["own"] for name, own in found.items()}}
+    parts |= {f"{part} off": own for part, own in result["switched_off"].items()}
+    switched = {name: [f"{own[name]['exact']:.0%}" for own in parts.values()] for name in found}
+    lines = [*_grid("", titles, cells), "", about, ""]
+    lines += [*_grid("consistency with question and answer", kinds.values(), agreement), ""]
+    lines += [*_grid("exact", parts, switched), ""]
+    lines += ["Off: in the trained model, 500 questions; features without gates, closed bridges, routing blind to modality."]
     if "controls" in result:
         step = next(iter(result["controls"].values()))["training"]["examined"][-1]["step"]
-        rows = {"all parts": training, **{f"without {part}": run["training"] for part, run in result["controls"].items()}}
-        found = {name: next(row for row in run["examined"] if row["step"] == step) for name, run in rows.items()}
-        lines += ["", f"| after {step} steps | " + " | ".join(found) + " |", "|:--|" + "--:|" * len(found)]
-        tasks = [task for task in next(iter(found.values())) if task != "step"]
-        lines += [f"| {task} | " + " | ".join(f"{row[task]:.0%}" for row in found.values()) + " |" for task in tasks]
+        runs = {"all parts": training, **{f"without {part}": run["training"] for part, run in result["controls"].items()}}
+        rows = [next(row for row in run["examined"] if row["step"] == step) for run in runs.values()]
+        tasks = {task: [f"{row[task]:.0%}" for row in rows] for task in rows[0] if task != "step"}
+        lines += ["", *_grid(f"after {step} steps", runs, tasks)]
     return "\n".join(lines) + "\n"
 
 
