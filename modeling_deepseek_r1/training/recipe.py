@@ -186,13 +186,15 @@ class Recipe:
         return asdict(self)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What makes this another run than one with the settings `other`, apart from how it is watched."""
+        """What makes this another run than one with the settings `other`, apart from how it is watched; a setting that `other` does
+        not know yet had its default."""
         watching = {"output", "log_steps", "eval_steps", "save_steps", "keep", "report_to"}
-        mine = json.loads(json.dumps(self.to_dict()))
+        mine, usual = (json.loads(json.dumps(recipe.to_dict())) for recipe in (self, Recipe()))
+        theirs = usual | dict(other)
         return [
-            f"{name}={mine[name]!r} (was {other.get(name)!r})"
+            f"{name}={mine[name]!r} (was {theirs[name]!r})"
             for name in mine
-            if name not in watching and mine[name] != other.get(name)
+            if name not in watching and mine[name] != theirs[name]
         ]
 
 

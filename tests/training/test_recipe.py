@@ -79,6 +79,9 @@ def test_differences_leave_out_how_a_run_is_watched():
     recipe = Recipe(model="m", lora_targets=["mlp"])
     assert recipe.changed({"log_steps": 3, "keep": 9}).differences(recipe.to_dict()) == []
     assert recipe.changed({"seed": 3}).differences(recipe.to_dict()) == ["seed=3 (was 0)"]
+    older = {name: value for name, value in recipe.to_dict().items() if name != "number_jitter"}
+    assert recipe.differences(older) == []
+    assert recipe.changed({"number_jitter": 0.1}).differences(older) == ["number_jitter=0.1 (was 0.0)"]
 
 
 def test_every_setting_has_a_line_of_help():
