@@ -75,7 +75,7 @@ class DeepseekR1TextConfig(PreTrainedConfig):
             Fields of `ExpertRouting`, e.g. `{"expert_topology": [{"text": 6, "code": 2}], "min_experts_per_tok": 1}`.
         chunk_size_feed_forward (`int`):
             Without gradients, a sequence longer than this goes through the layers this many tokens at a time, which bounds the
-            memory of a long prompt; 0 = all at once. The result is the same up to rounding.
+            memory of a long prompt; 0 = all at once. On accelerators 32 times as many. The result is the same up to rounding.
         per_layer_config (`dict[int, dict]`, *optional*):
             Overrides for single layers, e.g. `{3: {"sliding_window": 1024, "attention_bias": True, "head_dim": 128}}`.
 

@@ -34,7 +34,7 @@ from .configuration.configuration_deepseek_r1 import DeepseekR1TextConfig
 from .moe.block import DeepseekR1SparseMoeBlock
 from .moe.gates import gather_statistics
 from .moe.losses import output_losses, real_tokens, share_of_batch
-from .moe.mlp import DeepseekR1MLP
+from .moe.mlp import DeepseekR1MLP, tokens_at_once
 from .moe.outputs import DeepseekR1CausalLMOutputWithPast, DeepseekR1ModelOutputWithPast, RouterOutput
 
 
@@ -217,7 +217,7 @@ class DeepseekR1TextModel(DeepseekR1PreTrainedModel):
         """All layers, and what their routers chose; without gradients and with a cache, a long input goes through them in chunks."""
         like = torch.empty(0, dtype=self.norm.weight.dtype, device=inputs.device)
         embeddings = [rotary(like, position_ids) for rotary in self.rotary_embs]
-        chunk, length = self.config.chunk_size_feed_forward, inputs.shape[1]
+        chunk, length = tokens_at_once(self.config.chunk_size_feed_forward, inputs.device), inputs.shape[1]
         records = output_router_logits or any(
             kwargs.get(f"output_{name}") or getattr(self.config, f"output_{name}", False) for name in self._can_record_outputs
         )

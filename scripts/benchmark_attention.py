@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=1, help="samples of each variant" + default)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads" + default)
+    parser.add_argument("--device", default="cpu", help="such as cuda" + default)
     parser.add_argument("--output", default="results/attention_layer.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -49,8 +50,9 @@ def main() -> None:
         masked_lengths=args.masked,
         backward_lengths=args.compared,
         repeats=args.repeats,
+        device=args.device,
     )
-    write_report({"format_version": FORMAT_VERSION, "environment": environment(), **result}, args.output)
+    write_report({"format_version": FORMAT_VERSION, "environment": environment(device=args.device), **result}, args.output)
     for cell in result["cells"]:
         for what in ("forward", "forward_backward"):
             times = ", ".join(f"{name} {taken['median']:.2f} s" for name, taken in cell[what].items())

@@ -23,6 +23,7 @@ class FlashKernel:
         forward, backward: functions with the signature of flash_attn's `_flash_attn_forward` and `_flash_attn_backward` (2.7 and
             later); states are `[B, n, heads, D]` there.
         window: a query sees so many keys up to its own; None = all. Only for causal products.
+        in_sdpa: whether `scaled_dot_product_attention` has the same kernels and may be called instead.
         stride, lead: of a causal product in which a query sees one key more only every `stride` queries: the first query is the
             `lead`-th of those that see equally many.
     """
@@ -32,6 +33,7 @@ class FlashKernel:
     window: int | None = None
     stride: int = 1
     lead: int = 0
+    in_sdpa: bool = False
 
     def attend(self, query, key, value, scale, mask=None, causal=False) -> tuple[torch.Tensor, torch.Tensor]:
         """As `kernels.attend`, without masks, for any numbers of queries and keys: the last query sees up to the last key."""

@@ -80,7 +80,10 @@ def flex_pattern_attention(
     score_mod = gated if remote is not None else None
     with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
         compiled = compiled_flex(query.device.type)
-        return compiled(query, key, value, score_mod, blocks, scale, query.shape[1] != key.shape[1])
+        # Its kernels for GPUs want heads of 16 numbers at least.
+        states = [F.pad(x, (0, max(0, 16 - x.shape[3]))) for x in (query, key, value)]
+        output = compiled(*states, score_mod, blocks, scale, query.shape[1] != key.shape[1])
+        return output[..., : query.shape[3]]
 
 
 def _check_gradients(*states: torch.Tensor) -> None:

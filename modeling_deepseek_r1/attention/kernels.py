@@ -1,7 +1,8 @@
 """One attention product that also returns its log-sum-exp, and its backward.
 
 On a CPU these are the fused kernels behind `scaled_dot_product_attention`, which share key/value heads between query heads
-without copying them; elsewhere they are computed in float32 from the scores, a bounded number of rows at a time. The
+without copying them; on an NVIDIA GPU its memory-efficient ones (`cuda_kernels.py`); elsewhere they are computed in float32 from
+the scores, a bounded number of rows at a time. The
 log-sum-exp is what lets results over disjoint key sets be merged exactly (`blockwise.py`). Neither function is differentiable
 by autograd: the CPU kernel's log-sum-exp carries no gradient, so its users bring a backward of their own.
 
@@ -10,6 +11,9 @@ log-sum-exp `[B, H, Q]` float32.
 """
 
 import torch
+import torch.nn.functional as F
+
+from .cuda_kernels import masked_attend, masked_attend_backward, suits
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -31,9 +35,11 @@ def attend(
     Returns:
         The output `[B, H, Q, D]` in the query's dtype and the log-sum-exp `[B, H, Q]` of the scaled scores.
     """
+    if suits_products(query):
+        return single_query(query, key, value, scale, mask)
     if query.device.type == "cpu":
         return _cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-    return portable_attend(query, key, value, scale, mask, causal)
+    return (masked_attend if suits(query) else portable_attend)(query, key, value, scale, mask, causal)
 
 
 def attend_backward(
@@ -50,7 +56,36 @@ def attend_backward(
     """Gradients of query, key and value. With the output and log-sum-exp of a merged softmax they are this part's share of it."""
     if query.device.type == "cpu":
         return _cpu_backward(grad, query, key, value, output, logsumexp, 0.0, causal, attn_mask=mask, scale=scale)
-    return portable_attend_backward(grad, query, key, value, output, logsumexp, scale, mask, causal)
+    compute = masked_attend_backward if suits(query) else portable_attend_backward
+    return compute(grad, query, key, value, output, logsumexp, scale, mask, causal)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` by the faster of its kernel and plain products. The mask may be bool, or `[B, H, Q, K]`."""
+    if suits_products(query):
+        return single_query(query, key, value, scale, mask)[0]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def suits_products(query: torch.Tensor) -> bool:
+    """Whether `single_query` is the faster way: for one query in bfloat16 torch's kernel for CPUs takes up to 20 times as long."""
+    return query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+
+
+def single_query(query, key, value, scale, mask=None):
+    """`attend` for `[B, H, 1, D]` by two products, whose results are rounded to the dtype; a query that sees nothing gets a mean."""
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    scores = (rows @ key.transpose(2, 3)).float() * scale
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        mask = mask.view(len(mask), *rows.shape[1:3], -1) if mask.dim() == 4 and mask.shape[1] > 1 else mask
+        scores = (scores + mask).clamp(min=torch.finfo(torch.float32).min)
+    logsumexp = scores.logsumexp(-1)
+    output = (scores - logsumexp.unsqueeze(-1)).exp().to(value.dtype) @ value
+    return output.view(query.shape), logsumexp.view(query.shape[:3])
 
 
 def portable_attend(query, key, value, scale, mask=None, causal=False):
@@ -91,7 +126,7 @@ def _rows(num_queries: int, num_keys: int) -> list[tuple[int, int]]:
 def _scores(query, key, scale, mask, causal, start, stop):
     scores = query[:, :, start:stop].float() @ key.transpose(2, 3) * scale
     if mask is not None:
-        scores = scores + mask[start:stop].float()
+        scores = scores + mask[..., start:stop, :].float()
     if causal:
         positions = torch.arange(key.shape[2], device=key.device)
         scores = scores.masked_fill(positions > positions[start:stop, None], float("-inf"))

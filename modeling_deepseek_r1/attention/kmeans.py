@@ -11,8 +11,8 @@ Shapes: B batch, H query heads, G key/value heads, C clusters, D head size.
 import torch
 import torch.nn.functional as F
 
-ASSIGNED_AT_ONCE = 512
-"""Keys or queries per head whose products with the centroids are held at once."""
+ASSIGNED_AT_ONCE = 512, 2**15
+"""Keys or queries per head whose products with the centroids are held at once, on a CPU and on other devices."""
 
 SEED_KEYS = 4096
 """Keys per head among which the first centroids are chosen."""
@@ -21,7 +21,7 @@ SEED_KEYS = 4096
 def assign_keys(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Cluster of each key: `[B, G, K]` int64 for keys `[B, G, K, D]` and centroids `[G, C, D]`; computed in float32."""
     wide = centroids.float().transpose(1, 2)
-    return torch.cat([(part.float() @ wide).argmax(-1) for part in keys.split(ASSIGNED_AT_ONCE, 2)], 2)
+    return torch.cat([(part.float() @ wide).argmax(-1) for part in keys.split(_at_once(keys), 2)], 2)
 
 
 def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) -> torch.Tensor:
@@ -29,8 +29,12 @@ def choose_clusters(queries: torch.Tensor, centroids: torch.Tensor, count: int) 
     `[G, C, D]` or `[H, C, D]`."""
     groups = centroids.shape[0]
     wide = centroids.float().transpose(1, 2)[:, None]
-    parts = queries.unflatten(1, (groups, -1)).split(ASSIGNED_AT_ONCE, 3)
+    parts = queries.unflatten(1, (groups, -1)).split(_at_once(queries), 3)
     return torch.cat([_largest(part.float() @ wide, count) for part in parts], 3).flatten(1, 2)
+
+
+def _at_once(states: torch.Tensor) -> int:
+    return ASSIGNED_AT_ONCE[int(states.device.type != "cpu")]
 
 
 def _largest(products: torch.Tensor, count: int) -> torch.Tensor:
@@ -94,7 +98,7 @@ def cluster_sums(keys: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Ten
         Sums `[G, C, D]`, numbers of keys `[G, C]`, and each key's cosine with its centroid `[G, N]`.
     """
     sums, counts, fits = torch.zeros_like(centroids), centroids.new_zeros(centroids.shape[:2]), []
-    for part in keys.split(ASSIGNED_AT_ONCE, 1):
+    for part in keys.split(_at_once(keys), 1):
         fit, cluster = (part @ centroids.transpose(1, 2)).max(-1)
         sums.scatter_add_(1, cluster[..., None].expand_as(part), part)
         counts.scatter_add_(1, cluster, torch.ones_like(fit))

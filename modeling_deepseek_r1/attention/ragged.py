@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention, full_plan, local_plan
+from .cuda_kernels import torch_kernel
 from .flash import FlashKernel
+from .kernels import masked_attention
 from .nodes import Nodes, dense_inputs, global_attention
 from .pattern import AttentionLayout, AttentionPattern, RowGroup, remote_keys, visible_keys
 from .routed import Routing, routed_attention
@@ -35,12 +37,13 @@ def document_attention(
         key, value: `[B, G, K, D]`, the first tokens of the document followed by its last ones.
         seq_len: tokens of the document so far.
         routing: clusters and gate of a routed layer, which holds all keys; or gate, memory and nodes of a global one.
-        kernel: computes the products that need no mask; default: those of this library.
+        kernel: computes the products that need no mask; default: torch's on an NVIDIA GPU, else those of this library.
 
     Returns:
         `[B, H, Q, D]`.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
+    kernel = kernel or torch_kernel(query)
     if isinstance(routing, Nodes):
         # Without remote keys it is the local layer; in training the gate gets its (zero) gradient nevertheless.
         reached = seq_len > pattern.first_node + pattern.window or not pattern.causal
@@ -51,9 +54,9 @@ def document_attention(
         return routed_attention(query, key, value, routing, pattern, scale, kernel)
     if num_queries == 1 and (pattern.capacity is None or num_keys <= pattern.capacity + 1):
         # Whatever the cache has kept is visible to the next token.
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return masked_attention(query, key, value, scale)
     if pattern.window is None or pattern.window >= seq_len:
-        if num_queries == num_keys and (kernel is None or not pattern.causal):
+        if num_queries == num_keys and (kernel is None or kernel.in_sdpa or not pattern.causal):
             return F.scaled_dot_product_attention(query, key, value, is_causal=pattern.causal, scale=scale, enable_gqa=True)
         plan = full_plan(num_queries, num_keys, kernel)
     else:
@@ -101,7 +104,7 @@ def ragged_attention(
                 log_gate = routing.log_gate[..., None]
             hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
             mask = torch.where(remote, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        return masked_attention(query, key, value, scale, mask)
     groups = layout.row_groups
     if len(groups) == 1:
         return _group_attention(query, key, value, pattern, scale, groups[0], key_positions, routing, kernel)

@@ -28,8 +28,8 @@ from .pattern import AttentionPattern
 
 PAIR_BLOCK = 64
 """Pairs per block."""
-MAX_BATCH_SCORES = 2**18
-"""Scores of the blocks that are multiplied together."""
+MAX_BATCH_SCORES = 2**18, 2**25
+"""Scores of the blocks that are multiplied together, on a CPU and on other devices."""
 
 
 class Routing(NamedTuple):
@@ -148,7 +148,7 @@ def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
     number = torch.arange(total, device=device)
     begins = torch.ones(total, dtype=torch.bool, device=device)
     begins[1:] = cluster[1:] != cluster[:-1]
-    since = number - torch.where(begins, number, 0).cummax(0).values
+    since = number - begins.nonzero().flatten()[begins.cumsum(0) - 1]
     heads = (since % PAIR_BLOCK == 0).nonzero().flatten()
     lengths = torch.diff(heads, append=heads.new_tensor([total]))
     low = start[heads]
@@ -156,10 +156,11 @@ def _blocks(pairs, cluster, start, stop, order) -> list[PairBatch]:
     by_strip = strips.argsort(descending=True)
     heads, lengths, low, strips = heads[by_strip], lengths[by_strip], low[by_strip], strips[by_strip]
     within = torch.arange(PAIR_BLOCK, device=device)
+    most = MAX_BATCH_SCORES[int(device.type != "cpu")]
     batches, at, longest = [], 0, strips.tolist()
     while at < len(longest):
         strip = longest[at]
-        until = min(len(longest), at + max(1, MAX_BATCH_SCORES // (PAIR_BLOCK * strip)))
+        until = min(len(longest), at + max(1, most // (PAIR_BLOCK * strip)))
         chosen = slice(at, until)
         real = within < lengths[chosen, None]
         index = heads[chosen, None] + torch.where(real, within, 0)

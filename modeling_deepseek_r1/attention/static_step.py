@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
+from .kernels import masked_attention
 from .nodes import Nodes
 from .pattern import AttentionLayout, remote_keys, visible_keys, visible_nodes
 from .routed import Routing
@@ -84,7 +85,7 @@ def static_attention(
         mask = torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden))
     if query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling():
         return _one_query(query, key, value, mask, scale)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return masked_attention(query, key, value, scale, mask)
 
 
 def _one_query(query, key, value, mask, scale: float) -> torch.Tensor:

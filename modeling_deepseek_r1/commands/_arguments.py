@@ -3,6 +3,15 @@
 import argparse
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """`--device`, for `evaluation.load_model`."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="such as cpu or cuda:1 (default: the machine's accelerator, or the CPU where it has none)",
+    )
+
+
 def domain_text(value: str) -> tuple[str, str]:
     """`DOMAIN=FILE` as a pair."""
     domain, _, file = value.partition("=")

@@ -17,6 +17,7 @@ from ..evaluation import (
     write_report,
 )
 from ..evaluation.text import BUILT_IN_TEXTS
+from ._arguments import add_device_argument
 from .evaluate import _load, _progress
 
 CONTEXT = 12
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--worst", type=int, default=5, metavar="N", help="places to show, the furthest apart first" + default)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights" + default)
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result, with a histogram")
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     text = read_text(args.text)
-    models, tokenizer = _load({"reference": args.reference, "candidate": args.candidate}, DTYPES[args.dtype])
+    models, tokenizer = _load({"reference": args.reference, "candidate": args.candidate}, DTYPES[args.dtype], args.device)
     ids = encode_text(tokenizer, text)
     bos = leading_token_id(tokenizer)
     settings = {"context_length": args.length, "num_windows": args.windows, "worst": args.worst, "bos_token_id": bos}

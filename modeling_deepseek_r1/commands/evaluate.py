@@ -37,7 +37,7 @@ from ..evaluation.mean_blocks import use_mean_blocks
 from ..evaluation.retrieval import PROMPTS
 from ..evaluation.scoring import model_context_limit
 from ..evaluation.text import BUILT_IN_TEXTS
-from ._arguments import domain_files, domain_text
+from ._arguments import add_device_argument, domain_files, domain_text
 
 TASKS = ("perplexity", "retrieval", "domains", "speed", "memory")
 
@@ -114,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="speed: runs per model and length" + default)
     parser.add_argument("--decode-tokens", type=int, default=16, metavar="N", help="speed: tokens decoded per run" + default)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights" + default)
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of planted facts and of random prompts" + default)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every sample and the circumstances")
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     text = read_text(args.text)
     checkpoints = _label([args.checkpoint, *args.against], args.labels)
-    models, tokenizer = _load(checkpoints, DTYPES[args.dtype])
+    models, tokenizer = _load(checkpoints, DTYPES[args.dtype], args.device)
     for blocks in args.mean_blocks:
         models[f"{blocks} mean blocks"] = _with_mean_blocks(models, blocks)
     input_ids = encode_text(tokenizer, text)[args.skip_tokens :]
@@ -216,13 +217,13 @@ def _label(checkpoints: list[str], labels: list[str] | None) -> dict[str, str]:
     return dict(zip(labels, checkpoints, strict=True))
 
 
-def _load(checkpoints: dict[str, str], dtype: torch.dtype):
+def _load(checkpoints: dict[str, str], dtype: torch.dtype, device: str | None):
     """Models by label, and the tokenizer that all of them share."""
     models, tokenizers = {}, {}
     for number, (label, checkpoint) in enumerate(checkpoints.items(), start=1):
         _progress("loading")(number, len(checkpoints))
         tokenizers[label] = load_tokenizer(checkpoint)
-        models[label] = load_model(checkpoint, dtype)
+        models[label] = load_model(checkpoint, dtype, device)
     (first, tokenizer), *others = tokenizers.items()
     for label, other in others:
         if other.get_vocab() != tokenizer.get_vocab():

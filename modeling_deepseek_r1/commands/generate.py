@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ._arguments import add_device_argument
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that `generate` and `chat` have in common."""
@@ -21,6 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
     )
+    add_device_argument(parser)
     segment_help = "for texts longer than the model was trained for: in segments of so many tokens, half of which overlap"
     parser.add_argument("--segment-length", type=int, metavar="N", help=segment_help)
     memory_help = "hold at most so much of the experts in memory and read the others when needed, in the checkpoint's dtype"
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         from ..generation.compiled import compiled_decoding
 
-        options |= compiled_decoding(ids.shape[1] + args.max_new_tokens)
+        options |= compiled_decoding(ids.shape[1] + args.max_new_tokens, model.device)
     model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
     if args.expert_memory is not None:
         share = model.expert_cache.statistics.hit_rate
@@ -101,7 +104,7 @@ def load(args: argparse.Namespace):
         from ..moe.offload import offload_experts
 
         return offload_experts(args.checkpoint, int(args.expert_memory * 1e6)), load_tokenizer(args.checkpoint)
-    return load_model(args.checkpoint, DTYPES[args.dtype]), load_tokenizer(args.checkpoint)
+    return load_model(args.checkpoint, DTYPES[args.dtype], args.device), load_tokenizer(args.checkpoint)
 
 
 def new_cache(args: argparse.Namespace, model):

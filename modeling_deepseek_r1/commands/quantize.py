@@ -9,6 +9,7 @@ from ..quantization import DeepseekR1QuantizationConfig
 from ..quantization.formats import BITS
 from ..quantization.quantizer import METHODS
 from ..quantization.run import LENGTH, WINDOWS, quantize_checkpoint
+from ._arguments import add_device_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bits of embedding and head (default: those of the layers; none: they stay)",
     )
     parser.add_argument("--keep", nargs="+", default=[], metavar="MODULE", help="modules that stay as they are, by their names")
+    add_device_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at DESTINATION")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         num_windows=args.windows,
         length=args.length,
         overwrite=args.overwrite,
+        device=args.device,
         on_progress=_progress,
     )
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.summary())

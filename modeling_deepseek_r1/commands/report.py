@@ -9,6 +9,7 @@ from ..evaluation import DTYPES, load_model, load_tokenizer, read_text
 from ..evaluation.text import BUILT_IN_TEXTS
 from ..inspection import inspect_text, render_page
 from ..inspection.collect import DEFAULT_TOKENS
+from ._arguments import add_device_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="the page to write")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="tokens of the text to read" + default)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights" + default)
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     text = read_text(args.text)
     tokenizer = load_tokenizer(args.checkpoint)
-    model = load_model(args.checkpoint, DTYPES[args.dtype])
+    model = load_model(args.checkpoint, DTYPES[args.dtype], args.device)
     inspection = inspect_text(model, tokenizer, text, tokens=args.tokens, name=Path(args.checkpoint).name)
     page = render_page(inspection)
     args.output.write_text(page, encoding="utf-8")

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from ._arguments import add_device_argument
+
 KEY = "DEEPSEEK_R1_API_KEY"
 TEXT_BODY, MEDIA_BODY = 2 * 2**20, 16 * 2**20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -71,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the computation (default: float32)"
     )
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,7 +126,7 @@ def _version(args: argparse.Namespace, checkpoint: str, name: str, media):
     from ..serving import Engine, Version
 
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, DTYPES[args.dtype])
+    model = load_model(checkpoint, DTYPES[args.dtype], args.device)
     processor = AutoProcessor.from_pretrained(checkpoint) if model.config.model_type == "deepseek_r1" else None
     engine = Engine(model, rows=args.rows, queue=args.queue, context=args.context, cache_tokens=args.cache_tokens)
     return Version(name, engine, tokenizer, processor, media)

@@ -8,7 +8,7 @@ GROUPS = {
     "data": ("task", "labels"),
     "training": ("epochs", "seed"),
     "what is trained, and how": ("dtype", "quantization_aware"),
-    "healing": ("heal_from", "heal_hidden_weight"),
+    "healing": ("heal_from", "heal_window"),
     "log and checkpoints": ("log_steps", "arguments"),
 }
 """Title of a group in `--help` -> its first and last setting."""

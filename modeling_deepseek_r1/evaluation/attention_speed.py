@@ -6,7 +6,6 @@ whose whole time `deepseek-r1 evaluate` measures.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,10 +17,10 @@ from ..attention.kmeans import assign_keys, choose_clusters
 from ..attention.nodes import Memory, Nodes
 from ..attention.pattern import AttentionPattern, visible_keys
 from ..attention.ragged import document_attention
-from ..attention.routed import Routing, routed_attention
+from ..attention.routed import Routing
 from .mean_blocks import BLOCK_TOKENS, block_routing
-from .memory_probe import PeakMemory
-from .speed import Measurement
+from .memory_probe import peak_memory
+from .speed import Measurement, now
 
 SPARSE = ("local", "global", "routed")
 """Variants whose cost does not grow with the square of the length."""
@@ -67,6 +66,7 @@ def measure_attention(
     masked_lengths: Sequence[int] = (),
     backward_lengths: Sequence[int] = (),
     repeats: int = 3,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Measures the sparse layers at `lengths`; where asked also full causal attention and the window as a dense mask.
 
@@ -80,6 +80,7 @@ def measure_attention(
             `num_clusters` mean blocks; masked: also `sdpa` with a dense window mask; backward: also forward + backward.
         dtypes: of queries, keys and values.
         repeats: samples of each variant, taken in turn.
+        device: on another one than the CPU a run of each that does not count comes first.
 
     Returns:
         `{"pattern", "num_clusters", "num_memory_tokens", "heads", "cells": [...], "exponents": {dtype: {variant: ...}}}`; an exponent is the slope of
@@ -91,8 +92,9 @@ def measure_attention(
             names = ["local", *(["global"] if pattern.global_stride else []), *(["routed"] if num_clusters else [])]
             names += ["full", *(["blocks"] if num_clusters else [])] if length in compared_lengths else []
             names += ["masked"] if length in masked_lengths else []
-            runs = _variants(names, pattern, num_clusters, num_memory_tokens, heads, length)
-            cells.append(_cell(length, dtype, heads, runs, length in backward_lengths, repeats))
+            with torch.device(device):
+                runs = _variants(names, pattern, num_clusters, num_memory_tokens, heads, length)
+            cells.append(_cell(length, dtype, heads, runs, length in backward_lengths, repeats, torch.device(device)))
     return {
         "pattern": asdict(pattern),
         "num_clusters": num_clusters,
@@ -116,7 +118,7 @@ def _exponents(cells: list[AttentionCell]) -> dict[str, float]:
 
 def _variants(names, pattern, num_clusters, num_memory_tokens, heads: Heads, length) -> dict[str, Callable]:
     scale, local = heads.size**-0.5, pattern.local
-    generator, gate = torch.Generator().manual_seed(1), torch.zeros(1, heads.query, length)
+    generator, gate = torch.Generator(torch.get_default_device()).manual_seed(1), torch.zeros(1, heads.query, length)
     runs: dict[str, Callable] = {
         "local": lambda q, k, v: document_attention(q, k, v, local, scale, length),
         "full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
@@ -137,31 +139,31 @@ def _variants(names, pattern, num_clusters, num_memory_tokens, heads: Heads, len
         def routed(q, k, v):
             with torch.no_grad():
                 clusters = choose_clusters(q, centroids, pattern.routed_clusters), assign_keys(k, centroids)
-            return routed_attention(q, k, v, Routing(*clusters, gate), pattern, scale)
+            return document_attention(q, k, v, pattern, scale, length, Routing(*clusters, gate))
 
         def by_blocks(q, k, v):
             with torch.no_grad():
                 routing = block_routing(q, k, blocks)
-            return routed_attention(q, k, v, routing, blocks, scale)
+            return document_attention(q, k, v, blocks, scale, length, routing)
 
         runs |= {"routed": routed, "blocks": by_blocks}
     return {name: runs[name] for name in names}
 
 
-def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool, repeats: int) -> AttentionCell:
-    generator = torch.Generator().manual_seed(0)
+def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool, repeats: int, device) -> AttentionCell:
+    generator, warm_up = torch.Generator().manual_seed(0), device.type != "cpu"
     counts = heads.query, heads.key_value, heads.key_value
-    tensors = [torch.randn(1, count, length, heads.size, generator=generator).to(dtype) for count in counts]
+    tensors = [torch.randn(1, count, length, heads.size, generator=generator).to(device, dtype) for count in counts]
     error, extra = None, {}
     with torch.no_grad():
         if "masked" in runs:
             error = (runs["masked"](*tensors) - runs["local"](*tensors)).abs().max().item()
         for name in set(runs) & set(SPARSE):
-            with PeakMemory() as peak:
+            with peak_memory(device) as peak:
                 output = runs[name](*tensors)
             extra[name] = max(0.0, (peak.extra_bytes - output.nbytes) / output.nbytes)
             del output
-        forward = in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats, warm_up=False)
+        forward = in_turn({name: lambda run=run: run(*tensors) for name, run in runs.items()}, repeats, warm_up)
     both = {}
     if backward:
         tracked = [x.clone().requires_grad_() for x in tensors]
@@ -169,7 +171,7 @@ def _cell(length, dtype, heads: Heads, runs: dict[str, Callable], backward: bool
         both = in_turn(
             {name: lambda run=run: torch.autograd.grad(run(*tracked), tracked, grad) for name, run in runs.items()},
             repeats,
-            warm_up=False,
+            warm_up,
         )
     return AttentionCell(length, _name(dtype), forward, both, extra, error)
 
@@ -181,9 +183,9 @@ def in_turn(runs: dict[str, Callable], repeats: int, warm_up: bool = True) -> di
         run()
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = now()
             run()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(now() - start)
     return {name: Measurement.of(taken) for name, taken in samples.items()}
 
 

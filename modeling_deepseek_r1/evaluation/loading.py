@@ -9,7 +9,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32):
+def usable_device(name: str | None = None) -> torch.device:
+    """The device of a name such as `cuda:1`; None: the machine's accelerator, or the CPU where it has none.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
     """Loads a causal language model for evaluation, every weight copied out of the file.
 
     `from_pretrained` leaves weights mapped to the safetensors file: their pages would be counted as memory only when touched,
@@ -18,12 +32,13 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32):
     Args:
         checkpoint: a folder, a `.gguf` file, or a hub id.
         dtype: of the weights.
+        device: as in `usable_device`.
 
     Raises:
         OSError: nothing is there, or it is not a checkpoint.
-        ValueError: the files are damaged or of an unknown architecture.
+        ValueError: no such device, or the files are damaged or of an unknown architecture.
     """
-    name, options = _locate(checkpoint)
+    (name, options), device = _locate(checkpoint), usable_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
@@ -31,7 +46,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32):
     model.eval().requires_grad_(False)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
-    return model
+    return model.to(device)
 
 
 def load_tokenizer(checkpoint: str | Path):

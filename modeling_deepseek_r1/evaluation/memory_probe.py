@@ -79,6 +79,25 @@ class PeakMemory:
             time.sleep(_SAMPLING_SECONDS)
 
 
+class AcceleratorMemory:
+    """`PeakMemory` of an accelerator, as torch's allocator counts it."""
+
+    method = "allocator"
+
+    def __enter__(self):
+        self._start = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *exception):
+        self.extra_bytes = torch.accelerator.max_memory_allocated() - self._start
+
+
+def peak_memory(device: torch.device) -> PeakMemory | AcceleratorMemory:
+    """The one for a device."""
+    return PeakMemory() if device.type == "cpu" else AcceleratorMemory()
+
+
 def _highest_of_process() -> int:
     import resource  # absent on Windows
 
@@ -100,7 +119,7 @@ def probe(checkpoint: str, length: int, *, dtype: str = "float32", seed: int = 0
 
     The prompt is random token ids under `seed`.
     """
-    model = load_model(checkpoint, DTYPES[dtype])
+    model = load_model(checkpoint, DTYPES[dtype], "cpu")
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.get_input_embeddings().num_embeddings
     input_ids = torch.randint(vocab_size, (1, length), generator=generator)

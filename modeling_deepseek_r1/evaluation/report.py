@@ -23,13 +23,14 @@ FORMAT_VERSION = 1
 _MIB = 2**20
 
 
-def environment(model=None) -> dict[str, Any]:
+def environment(model=None, device: str | torch.device = "cpu") -> dict[str, Any]:
     """What a number depends on besides the model: software, processor, threads, time and command.
 
     Args:
         model: where given, its device and dtype are recorded too.
+        device: where there is no model.
     """
-    device = torch.device("cpu") if model is None else model.device
+    device = torch.device(device) if model is None else model.device
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

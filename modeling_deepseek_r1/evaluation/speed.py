@@ -97,9 +97,10 @@ def _tensors(value) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now() -> float:
+    """Seconds, when all that was asked of an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -110,14 +111,14 @@ def _run_once(model, input_ids: torch.Tensor, length: int) -> tuple[float, float
     Returns:
         Seconds of the prefill, seconds per decoded token, the last logits `[vocab]`, the cache.
     """
-    start = _now(model.device)
+    start = now()
     hidden, cache = hidden_states(model, input_ids[:, :length], use_cache=True)
     logits = next_token_logits(model, hidden[:, -1])
-    prefilled = _now(model.device)
+    prefilled = now()
     for position in range(length, input_ids.shape[1]):
         hidden, cache = hidden_states(model, input_ids[:, position : position + 1], past_key_values=cache, use_cache=True)
         logits = next_token_logits(model, hidden[:, -1])
-    end = _now(model.device)
+    end = now()
     return prefilled - start, (end - prefilled) / (input_ids.shape[1] - length), logits[0], cache
 
 

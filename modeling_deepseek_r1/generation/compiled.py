@@ -1,6 +1,6 @@
-"""Compiled decoding on a CPU.
+"""Compiled decoding.
 
-A decoding step of one row reads every weight once, so it should take as long as reading them takes. The libraries behind
+On a GPU a step is recorded and replayed as a whole (CUDA graphs), as transformers does it. On a CPU a decoding step of one row reads every weight once, so it should take as long as reading them takes. The libraries behind
 `torch.nn.functional.linear` are far from that with a single row (in bfloat16 more than in float32); the loop that
 inductor writes for a product and a sum is not. `OneRowProducts` puts the one in the place of the other.
 """
@@ -57,22 +57,25 @@ class OneRowProducts(CustomGraphPass):
     __hash__ = None
 
 
-def compiled_decoding(tokens: int, **options) -> dict[str, Any]:
-    """Arguments of `generate()` with which decoding is compiled, by the fastest way known for a CPU.
+def compiled_decoding(tokens: int, device: str | torch.device = "cpu", **options) -> dict[str, Any]:
+    """Arguments of `generate()` with which decoding is compiled, by the fastest way known for the device.
 
     The first token takes minutes; a later call with the same batch size and length of the cache does not compile again.
 
     Args:
         tokens: of prompt and answer together, at most; rounded up, so that calls share a length.
-        options: further ones of `torch.compile(options=...)`.
+        device: of the model.
+        options: further ones of `torch.compile(options=...)`, for a CPU.
 
     Returns:
         `cache_implementation`, `max_cache_len` and `compile_config`.
     """
-    config = CompileConfig(
-        fullgraph=True, dynamic=False, mode=None, options={"post_grad_custom_pre_pass": OneRowProducts(), **options}
-    )
-    # transformers compiles on accelerators alone unless this is set.
-    config._compile_all_devices = True
+    if torch.device(device).type == "cpu":
+        passes = {"post_grad_custom_pre_pass": OneRowProducts()}
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=None, options={**passes, **options})
+        # transformers compiles on accelerators alone unless this is set.
+        config._compile_all_devices = True
+    else:
+        config = CompileConfig(fullgraph=True, dynamic=False)
     length = -(-tokens // CACHE_STEP) * CACHE_STEP
     return {"cache_implementation": "static", "max_cache_len": length, "compile_config": config}

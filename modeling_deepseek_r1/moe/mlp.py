@@ -4,6 +4,14 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+ACCELERATOR_CHUNKS = 32
+"""Chunks that an accelerator takes at once: it is idle with few tokens."""
+
+
+def tokens_at_once(chunk_size: int, device: torch.device) -> int:
+    """Tokens of a chunk on a device."""
+    return chunk_size if device.type == "cpu" else chunk_size * ACCELERATOR_CHUNKS
+
 
 class DeepseekR1MLP(nn.Module):
     """Gated MLP: `down(act(gate(x)) * up(x))`. `config` is the configuration of one layer; `inner` is another width than its.
@@ -23,11 +31,12 @@ class DeepseekR1MLP(nn.Module):
         self.register_module("task_gate", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or not 0 < self.chunk_size < x.shape[-2]:
+        chunk = tokens_at_once(self.chunk_size, x.device)
+        if torch.is_grad_enabled() or not 0 < chunk < x.shape[-2]:
             return self._product(x)
         output = torch.empty_like(x)
-        for start in range(0, x.shape[-2], self.chunk_size):
-            output[..., start : start + self.chunk_size, :] = self._product(x[..., start : start + self.chunk_size, :])
+        for start in range(0, x.shape[-2], chunk):
+            output[..., start : start + chunk, :] = self._product(x[..., start : start + chunk, :])
         return output
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:

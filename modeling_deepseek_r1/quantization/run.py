@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..conversion.export import accompanying_files
 from ..conversion.write import atomic_folder, check_destination, clean_leftovers
-from ..evaluation.loading import load_tokenizer
+from ..evaluation.loading import load_tokenizer, usable_device
 from ..evaluation.text import encode_text, leading_token_id, read_text, token_windows
 from ..registration import AUTO_CLASSES, MULTIMODAL_AUTO_CLASSES
 from .calibrate import calibrated, quantized_module
@@ -91,6 +91,7 @@ def quantize_checkpoint(
     num_windows: int = WINDOWS,
     length: int = LENGTH,
     overwrite: bool = False,
+    device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> QuantizationReport:
     """Writes a quantized copy of a checkpoint of this library, and `quantization_report.json` in it.
@@ -100,6 +101,7 @@ def quantize_checkpoint(
         texts: UTF-8 files, or names of built-in texts, of the kind that the model is for.
         num_windows, length: how many windows of how many tokens are read of them.
         overwrite: replace a checkpoint that is at `destination`.
+        device: to compute on, as in `load_model`.
         on_progress: called with (layers done, layers).
 
     Raises:
@@ -111,7 +113,7 @@ def quantize_checkpoint(
     check_destination(destination, overwrite, folder)
     if config.method != "rtn" and not texts:
         raise ValueError(f"method {config.method!r} needs a text to calibrate on (--text)")
-    model = _load(folder if folder.is_dir() else str(source))
+    model = _load(folder if folder.is_dir() else str(source)).to(usable_device(device))
     windows = None
     if texts:
         tokenizer = load_tokenizer(source)

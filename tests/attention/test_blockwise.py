@@ -144,3 +144,30 @@ def test_no_tensor_grows_with_the_square_of_the_length(training):
     small, large = largest(2048), largest(8192)
     assert large < 6 * small, (small, large)
     assert large < 8192 * 8192
+
+
+@pytest.mark.parametrize("keys", [1, 40])
+@pytest.mark.parametrize("mask_shape", [None, (1, 1), (3, 1, 1), (3, 6, 1)], ids=str)
+@pytest.mark.parametrize("is_bool", [True, False])
+def test_one_query_by_products(keys, mask_shape, is_bool, monkeypatch):
+    query, key, value = (x.detach() for x in inputs(3, 6, 2, 1, keys, torch.bfloat16))
+    mask = None
+    if mask_shape is not None:
+        hidden = torch.rand(*mask_shape, keys) < 0.4
+        hidden[..., 0] = False
+        mask = ~hidden if is_bool else torch.randn(hidden.shape).masked_fill(hidden, float("-inf"))
+    wide = mask.float().log() if mask is not None and is_bool else mask
+    expected = kernels.portable_attend(*(x.float() for x in (query, key, value)), 0.3, wide)
+    assert kernels.suits_products(query)
+    for name in ("_cpu", "F"):
+        monkeypatch.setattr(kernels, name, None)
+    output, logsumexp = kernels.attend(query, key, value, 0.3, mask)
+    assert output.dtype == torch.bfloat16 and relative(output, expected[0]) < 1e-2
+    assert (logsumexp - expected[1]).abs().max() < 2e-2
+    assert torch.equal(kernels.masked_attention(query, key, value, 0.3, mask), output)
+
+
+def test_one_query_that_sees_nothing_is_finite():
+    query, key, value = (x.detach() for x in inputs(2, 4, 2, 1, 5, torch.bfloat16))
+    nothing = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+    assert kernels.masked_attention(query, key, value, 0.3, nothing).isfinite().all()
