@@ -5,13 +5,12 @@ python scripts/benchmark_healing.py [routed] ["window + sinks"]      adds to res
 
 What the dense model and the student before healing have is read from results/smollm2_perplexity.json
 (`benchmark_model.py perplexity`), whose text and windows are used again. Rows are short, as one core trains; the window is
-made smaller in training so that they reach beyond it, and is the student's own when it is measured.
+made much smaller in training so that most of what their tokens see lies beyond it, and is the student's own when it is measured.
 """
 
 import argparse
 import importlib.util
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -40,16 +39,6 @@ def training_texts(folder: Path, first: int, tokens: int) -> list[Path]:
     return files
 
 
-def with_window(folder: Path, window: int, copy: Path | None = None) -> Path:
-    """The checkpoint, or a copy of it, with another window."""
-    if copy is not None:
-        shutil.rmtree(copy, ignore_errors=True)
-        folder = Path(shutil.copytree(folder, copy))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": window}, indent=2) + "\n")
-    return folder
-
-
 def heal(label: str, args: argparse.Namespace, before: dict) -> dict:
     """Trains one student and measures it; resumes a run that was interrupted."""
     folder = MODELS / "healing" / label.replace(" ", "_")
@@ -57,26 +46,26 @@ def heal(label: str, args: argparse.Namespace, before: dict) -> dict:
     settings = before["settings"]
     first = settings["skip_tokens"] + settings["windows"] * max(settings["lengths"]) + 2048
     student = converted(label)
-    window = json.loads((student / "config.json").read_text())["sliding_window"]
     recipe = Recipe().changed(
         {
-            "model": str(with_window(student, args.window, folder.parent / f"{folder.name}-student")),
+            "model": str(student),
             "data": [str(path) for path in training_texts(folder.parent, first, args.length * args.steps)],
             "output": str(folder),
             "heal_from": str(packaged_checkpoint()),
+            "heal_window": args.window,
             "length": args.length,
             "max_steps": args.steps,
             "learning_rate": args.learning_rate,
+            **({"lora_rank": args.lora_rank} if args.lora_rank else {"freeze": ["model.embed_tokens.*"]}),
             "warmup": 0.05,
             "precision": "bf16",
             "log_steps": 5,
-            "save_steps": 20,
+            "save_steps": 50,
         }
     )
     start, resumes = time.process_time(), any(Path(f"{folder}-run").glob("checkpoint-*"))
     report = train_checkpoint(recipe, resume=resumes, overwrite=True)
     seconds = time.process_time() - start
-    with_window(folder, window)
     result = folder.parent / f"{folder.name}.json"
     measure = ["--tasks", "perplexity", "--windows", str(settings["windows"]), "--skip-tokens", str(settings["skip_tokens"])]
     lengths = ["--lengths", *map(str, settings["lengths"])]
@@ -89,7 +78,7 @@ def heal(label: str, args: argparse.Namespace, before: dict) -> dict:
         "training": {
             name: getattr(recipe, name) for name in ("length", "max_steps", "learning_rate", "lora_rank", "precision")
         },
-        "window": window,
+        "window": json.loads((student / "config.json").read_text())["sliding_window"],
         "window_in_training": args.window,
         "cpu_seconds": None if resumes else seconds,
         "divergence": [entry["divergence"] for entry in report.history if "divergence" in entry],
@@ -116,9 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("students", nargs="*", default=STUDENTS[:1], metavar="STUDENT", help=" or ".join(STUDENTS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--length", type=int, default=640, help="tokens of a row; a step has one (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=256, help="in training (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row; a step has one (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=128, help="in training (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    parser.add_argument("--lora-rank", type=int, help="train adapters of attention only (default: all but the embedding)")
     parser.add_argument("--output", type=Path, default=Path("results/smollm2_healing.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)

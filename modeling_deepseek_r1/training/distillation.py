@@ -15,7 +15,7 @@ way, so that rows can be long.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ..attention.layer import DeepseekR1Attention
 from ..conversion.calibrate import load_plain
 from ..conversion.convert import weights_dtype
 from ..conversion.families import TARGET_MODEL_TYPE
@@ -46,19 +47,22 @@ class DistillationConfig:
         top_k: look at the teacher's k most probable tokens and take all others for one; None = the whole vocabulary.
         ce_weight: of the cross-entropy to the labels.
         hidden_weight: of the relative error of the hidden states behind every layer.
+        window: while the student trains its sliding windows are at most so long; None = as they are. Rows are far shorter than the
+            texts that a model is for, and in long windows they would hardly show it what lies beyond.
 
     Raises:
-        ValueError: a temperature or top_k that is not positive, or a negative weight.
+        ValueError: a temperature, top_k or window that is not positive, or a negative weight.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     ce_weight: float = 0.0
     hidden_weight: float = 0.0
+    window: int | None = None
 
     def __post_init__(self):
-        if self.temperature <= 0 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError(f"temperature={self.temperature} and top_k={self.top_k} must be positive")
+        if self.temperature <= 0 or any(count is not None and count < 1 for count in (self.top_k, self.window)):
+            raise ValueError(f"temperature={self.temperature}, top_k={self.top_k} and window={self.window} must be positive")
         if self.ce_weight < 0 or self.hidden_weight < 0:
             raise ValueError(f"ce_weight={self.ce_weight} and hidden_weight={self.hidden_weight} must be 0 or more")
 
@@ -184,6 +188,19 @@ class DistillationTrainer(DeepseekR1Trainer):
         self.shared_weights = share_weights(teacher, self.model)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self._compared = torch.zeros(4)
+        attentions = [module for module in self.student.modules() if isinstance(module, DeepseekR1Attention)]
+        self._patterns = {one: one.pattern for one in attentions if one.pattern.window is not None}
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's; windows are the student's own again when it returns."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._limit_windows(None)
+
+    def _limit_windows(self, limit: int | None) -> None:
+        for attention, own in self._patterns.items():
+            attention.pattern = replace(own, window=min(own.window, limit or own.window))
 
     def _check(self, teacher: nn.Module) -> None:
         models = {"student": self.student, "teacher": teacher}
@@ -210,6 +227,7 @@ class DistillationTrainer(DeepseekR1Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training the distillation's loss, in an evaluation the cross-entropy, while teacher and student are compared."""
+        self._limit_windows(self.distillation.window if model.training else None)
         labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
         learned = labels != -100
         if "attention_mask" in inputs:

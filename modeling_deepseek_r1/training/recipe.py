@@ -19,8 +19,15 @@ def _setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-HEALING = {"lora_rank": 8, "learning_rate": 1e-3, "length": 2048, "packing": "concatenate", "accumulation": 1}
-"""What `heal_from` changes where nothing else is asked for: adapters on attention, long rows of whole texts."""
+HEALING = {
+    "lora_rank": 8,
+    "learning_rate": 1e-3,
+    "length": 2048,
+    "packing": "concatenate",
+    "accumulation": 1,
+    "heal_window": 128,
+}
+"""What `heal_from` changes where nothing else is asked for: adapters on attention, long rows of whole texts, narrow windows."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,9 @@ class Recipe:
     heal_top_k: int | None = _setting(None, "compare the K most probable tokens and the rest (default: all)", metavar="K")
     heal_ce_weight: float = _setting(0.0, "weight of the cross-entropy to the text itself")
     heal_hidden_weight: float = _setting(0.0, "weight of the error of the hidden states behind every layer")
+    heal_window: int | None = _setting(
+        None, "sliding windows are at most so long while healing, so that rows reach far beyond them", metavar="TOKENS"
+    )
 
     log_steps: int = _setting(10, "optimizer steps between lines of the log", metavar="N")
     eval_steps: int | None = _setting(None, "optimizer steps between evaluations (default: at the end)", metavar="N")

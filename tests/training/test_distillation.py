@@ -130,6 +130,19 @@ def test_a_student_that_is_its_teacher_learns_nothing(settings, tmp_path):
     assert max(p.grad.abs().max() for p in other.parameters() if p.requires_grad) > 1e-4
 
 
+def test_windows_are_narrow_only_while_training(tmp_path):
+    wide, narrow, results = {"sliding_window": 30}, {"sliding_window": 5}, []
+    for name, fields, window in (("wide", wide, None), ("limited", wide, 5), ("narrow", narrow, None), ("higher", narrow, 9)):
+        trainer = make(hybrid(**fields), tmp_path / name, settings=DistillationConfig(window=window), max_steps=3)
+        patterns = [layer.self_attn.pattern for layer in trainer.student.model.layers]
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert [layer.self_attn.pattern for layer in trainer.student.model.layers] == patterns
+        results.append((before, losses(trainer)))
+    assert results[1][0] == results[0][0] != results[2][0]
+    assert results[1][1] == results[2][1] == results[3][1] != results[0][1]
+
+
 def test_the_rest_beside_the_best_tokens():
     student, teacher = torch.randn(2, 5, 11)
     full = divergence(student, teacher)
@@ -335,7 +348,7 @@ def test_errors(checkpoints, tmp_path):
         make(hybrid(), tmp_path, model_of("llama"))
     with pytest.raises(ValueError, match="label smoothing"):
         make(hybrid(), tmp_path, label_smoothing_factor=0.1)
-    for fields in ({"temperature": 0.0}, {"top_k": 0}, {"ce_weight": -1.0}, {"hidden_weight": -1.0}):
+    for fields in ({"temperature": 0.0}, {"top_k": 0}, {"window": 0}, {"ce_weight": -1.0}, {"hidden_weight": -1.0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             DistillationConfig(**fields)
 
