@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable
 
+from benchmark_candidates import table as candidates_table
 from benchmark_decode_engines import table as engines_table
 from benchmark_long_documents import table as long_documents
 
@@ -21,7 +22,7 @@ def attention_table(result: dict) -> str:
     for cell in result["cells"]:
         forward = {name: taken["median"] for name, taken in cell["forward"].items()}
         both = {name: taken["median"] for name, taken in cell["forward_backward"].items()}
-        seconds = [f"{forward[name]:.2f} s" if name in forward else "" for name in variants]
+        seconds = [f"{forward[name]:.3g} s" if name in forward else "" for name in variants]
         pairs = [*((forward, *pair) for pair in ratios), (both, "full", "routed")]
         times = [f"{taken[a] / taken[b]:.1f}x" if a in taken and b in taken else "" for taken, a, b in pairs]
         lines.append("| " + " | ".join([cell["dtype"], f"{cell['length']:,}", *seconds, *times]) + " |")
@@ -36,8 +37,8 @@ def attention_table(result: dict) -> str:
         "",
         f"{heads['query']} query and {heads['key_value']} key/value heads of {heads['size']}, window {pattern['window']},"
         f" {pattern['num_sink_tokens']} sink tokens,{nodes} {pattern['routed_clusters']} of {result['num_clusters']} clusters with at most"
-        f" {pattern['routed_tokens']} keys each, random keys, {result['environment']['threads']} thread(s). Time grows with the"
-        f" length to the power of, {exponents}.",
+        f" {pattern['routed_tokens']} keys each, random keys; {result['environment']['processor']}, {result['environment']['threads']}"
+        f" thread(s). Time grows with the length to the power of, {exponents}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -63,12 +64,17 @@ def routing_table(result: dict) -> str:
 
 def pattern_table(result: dict) -> str:
     """Rows: patterns that a calibration has tried."""
-    lines = ["| layers | perplexity | rises by | repeated passage predicted | query-key products |", "|---|---|---|---|---|"]
+    cells = {}
     for tried in result["patterns"]:
         name = f"`{tried['layer_types']}`" + (" (chosen)" if tried["layer_types"] == result["chosen"] else "")
-        figures = [f"{tried['perplexity']:.2f}", f"{tried['increase']:+.1%}", f"{tried['copied']:.0%}", f"{tried['cost']:.0%}"]
-        lines.append("| " + " | ".join([name, *figures]) + " |")
-    return "\n".join(lines) + "\n"
+        cells[name] = [
+            f"{tried['perplexity']:.2f}",
+            f"{tried['increase']:+.1%}",
+            f"{tried['copied']:.0%}",
+            f"{tried['cost']:.0%}",
+        ]
+    columns = ["perplexity", "rises by", "repeated passage predicted", "query-key products"]
+    return "\n".join(_grid("layers", columns, cells)) + "\n"
 
 
 def generation_table(result: dict, tokens: int = 1024) -> str:
@@ -108,29 +114,27 @@ def finetuning_cost_table(result: dict) -> str:
 
 def finetuning_quality_table(result: dict) -> str:
     """Rows: what was trained; columns: perplexity."""
-    lines = ["| trained | held-out code | English |", "|---|--:|--:|"]
-    for name, found in result["perplexity"].items():
-        lines.append(f"| {TRAINED[name]} | {found['code']:.2f} | {found['english']:.2f} |")
-    settings = result["settings"]
+    cells = {
+        TRAINED[name]: [f"{found[kind]:.2f}" for kind in ("code", "english")] for name, found in result["perplexity"].items()
+    }
+    lines, settings = _grid("trained", ["held-out code", "English"], cells), result["settings"]
     return "\n".join(lines) + f"\n\nPerplexity after {settings['steps']} steps on code at rank {settings['rank']}.\n"
 
 
 def healing_table(result: dict) -> str:
     """Rows: students and lengths; columns: perplexity of the dense model and of the student before and after healing."""
-    lines = ["| student | tokens | dense | before | after | of the gap closed |", "|---|---|---|---|---|---|"]
+    cells, notes = {}, []
     for label, model in result["models"].items():
         for cell in model["cells"]:
             figures = [f"{cell[name]:.2f}" for name in ("dense", "before", "after")]
-            lines.append("| " + " | ".join([label, f"{cell['length']:,}", *figures, f"{cell['closed']:.0%}"]) + " |")
-    lines.append("")
-    for label, model in result["models"].items():
-        training = model["training"]
-        lines.append(
-            f"{label}: {training['max_steps']} steps of one row of {training['length']} tokens, window {model['window_in_training']}"
-            f" in training and {model['window']} when measured, rank {training['lora_rank']}, learning rate"
-            f" {training['learning_rate']:g}; half of the text is source code, half a later part of the evaluated book."
+            cells[f"{label}, {cell['length']:,} tokens"] = [*figures, f"{cell['closed']:.0%}"]
+        training, rank = model["training"], model["training"]["lora_rank"]
+        notes.append(
+            f"\n{label}: {training['max_steps']} steps of one row of {training['length']} tokens, window {model['window_in_training']}"
+            f" in training and {model['window']} when measured, {f'rank {rank}' if rank else 'all weights but the embedding'}, learning"
+            f" rate {training['learning_rate']:g}; half of the text is source code, half a later part of the evaluated book."
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*_grid("student", ["dense", "before", "after", "of the gap closed"], cells), *notes]) + "\n"
 
 
 def grpo_table(result: dict) -> str:
@@ -153,10 +157,10 @@ def grpo_table(result: dict) -> str:
 def serving_table(result: dict) -> str:
     """Rows: ways to ask; columns: throughput and how long an answer takes."""
     settings = result["settings"]
-    lines = ["| requests | tokens per second | an answer takes |", "|---|--:|--:|"]
-    for name, way in result["ways"].items():
-        lines.append(f"| {name} | {way['tokens_per_second']:.1f} | {way['latency_median']:.1f} s |")
-    return "\n".join(lines) + (
+    cells = {
+        name: [f"{way['tokens_per_second']:.1f}", f"{way['latency_median']:.1f} s"] for name, way in result["ways"].items()
+    }
+    return "\n".join(_grid("requests", ["tokens per second", "an answer takes"], cells)) + (
         f"\n\n{settings['clients']} questions, {settings['tokens']} tokens each, {settings['dtype']}, {settings['threads']} thread(s):"
         f" {result['speedup']['median']:.1f}x the tokens per second; {result['same_texts']:.0%} of the texts are the same.\n"
     )
@@ -189,11 +193,9 @@ def block_table(result: dict) -> str:
     cells = [(cell, what) for cell in result["cells"] for what in ("forward", "forward_backward") if cell[what]]
     names = list(dict.fromkeys(name for cell, what in cells for name in cell[f"{what}_speedups"]))
     titles = [f"{cell['tokens']:,}{', with backward' if what == 'forward_backward' else ''}" for cell, what in cells]
-    lines = ["| | " + " | ".join(titles) + " |", "|:--|" + "--:|" * len(titles)]
-    for name in names:
-        ratios = [cell[f"{what}_speedups"].get(name) for cell, what in cells]
-        lines.append(f"| {name} | " + " | ".join(f"{ratio['median']:.2f}x" if ratio else "" for ratio in ratios) + " |")
-    return "\n".join(lines) + (
+    ratios = {name: [cell[f"{what}_speedups"].get(name) for cell, what in cells] for name in names}
+    rows = {name: [f"{ratio['median']:.2f}x" if ratio else "" for ratio in own] for name, own in ratios.items()}
+    return "\n".join(_grid("", titles, rows)) + (
         "\n\nTime of a whole sparse block, router included, over that of ours, by number of tokens: above 1, ours is faster."
         " DeepSeek-V3's has a shared expert and stands beside a block of ours that has one.\n"
     )
@@ -250,29 +252,30 @@ def cache_table(result: dict) -> str:
     """Rows: budgets; columns: hit rate and speed, for each kind of text, with and without reading in advance."""
     kinds = list(result["texts"])
     header = [f"{kind}: {what}" for kind in kinds for what in ("hit rate", "speed", "speed, nothing in advance")]
-    lines = ["| experts in memory | " + " | ".join(header) + " |", "|--:|" + "--:|" * len(header)]
-    cells = {(kind, c["share"], c["prefetch"]): c for kind in kinds for c in result["texts"][kind]}
+    rows, cells = {}, {(kind, c["share"], c["prefetch"]): c for kind in kinds for c in result["texts"][kind]}
     for share in sorted({share for _, share, _ in cells}):
-        row = [f"{share:.1%}".replace(".0%", "%")]
+        row = rows[f"{share:.1%}".replace(".0%", "%")] = []
         for kind in kinds:
             cell, without = cells[kind, share, True], cells[kind, share, False]
             row += [f"{cell['hit_rate']:.0%}", *(f"{c['speed']['median']:.2f}x" for c in (cell, without))]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n\nSpeed of decoding beside the same model with all experts in memory; the text is the same.\n"
+    return (
+        "\n".join(_grid("experts in memory", header, rows))
+        + "\n\nSpeed of decoding beside the same model with all experts in memory; the text is the same.\n"
+    )
 
 
 def dynamic_table(result: dict) -> str:
     """Rows: shares of active experts; columns: what that does to perplexity and time."""
-    lines = [
-        "| | experts per token | perplexity | the same number for every token | time of the sparse layers |",
-        "|:--|--:|--:|--:|--:|",
-    ]
+    columns, cells = ["perplexity", "the same number for every token", "time of the sparse layers"], {}
     for name, found in result["models"].items():
         for cell in found["cells"]:
             fixed = f"{cell['fixed']['active']:.0f}: {cell['fixed']['increase']:+.1%}"
-            ratio = f"{cell['over_all']['median']:.2f}x"
-            lines.append(f"| {name} | {cell['active']:.2f} of {cell['of']} | {cell['increase']:+.1%} | {fixed} | {ratio} |")
-    return "\n".join(lines) + "\n\nAll beside the same model with all of these experts active for every token.\n"
+            figures = [f"{cell['increase']:+.1%}", fixed, f"{cell['over_all']['median']:.2f}x"]
+            cells[f"{name}, {cell['active']:.2f} of {cell['of']}"] = figures
+    return (
+        "\n".join(_grid("experts per token", columns, cells))
+        + "\n\nAll beside the same model with all of these experts active for every token.\n"
+    )
 
 
 def step_table(result: dict) -> str:
@@ -295,18 +298,14 @@ def training_table(result: dict) -> str:
     """Rows: before, and both models after the training; columns: held-out loss by domain. Below: what the routers do."""
     models, settings = result["models"], result["settings"]
     domains = list(models["dense"]["before"]["losses"])
-    lines = ["| | trained weights | " + " | ".join(f"held-out loss, {name}" for name in domains) + " |"]
-    lines.append("|---|" + "--:|" * (len(domains) + 1))
-    rows = [("SmolLM2", "", models["dense"]["before"])]
-    rows += [(label, f"{models[label]['trainable'] / 1e6:.1f}M", models[label]["after"]) for label in models]
-    for label, weights, found in rows:
-        lines.append(f"| {label} | {weights} | " + " | ".join(f"{found['losses'][name]:.3f}" for name in domains) + " |")
+    found = {"SmolLM2": ("", models["dense"]["before"])}
+    found |= {label: (f"{model['trainable'] / 1e6:.1f}M", model["after"]) for label, model in models.items()}
+    cells = {label: [size, *(f"{own['losses'][name]:.3f}" for name in domains)] for label, (size, own) in found.items()}
+    lines = _grid("", ["trained weights", *(f"held-out loss, {name}" for name in domains)], cells)
     pairs = [(one, other) for one in models for other in models if one.startswith("experts") and other.startswith("dense")]
     differences = [
         f"{one} and {other}: "
-        + ", ".join(
-            f"{name} {mean:+.3f} ± {error:.3f}" for name in domains for mean, error in [_difference(models, name, one, other)]
-        )
+        + ", ".join("{} {:+.3f} ± {:.3f}".format(name, *_difference(models, name, one, other)) for name in domains)
         for one, other in pairs
     ]
     routing = [
@@ -387,6 +386,8 @@ TABLES = {
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
     "attention_layer": attention_table,
+    "attention_layer_gpu": attention_table,
+    "candidates": candidates_table,
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,
     "smollm2_serving": serving_table,

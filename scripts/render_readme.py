@@ -20,6 +20,9 @@ PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("mo
 MARKED = re.compile(r"(<!-- (results: (?P<name>\S+)|presets) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = {
     "attention_layer": "benchmark_attention.py",
+    "attention_layer_gpu": "benchmark_attention.py --device cuda --dtypes bfloat16 --lengths 16384 32768 65536 131072 "
+    "--compared 16384 32768 65536 131072 --repeats 5",
+    "candidates": "benchmark_candidates.py",
     "smollm2_ablation": "benchmark_ablation.py --length 96 --window 16 --stride 8 --memory 8 --every 100",
     "dynamic_k": "benchmark_dynamic_k.py",
     "expert_blocks": "benchmark_experts.py --blocks",
