@@ -2,9 +2,9 @@
 
 On a CPU these are the fused kernels behind `scaled_dot_product_attention`, which share key/value heads between query heads
 without copying them; on an NVIDIA GPU its memory-efficient ones (`cuda_kernels.py`); elsewhere they are computed in float32 from
-the scores, a bounded number of rows at a time. The
-log-sum-exp is what lets results over disjoint key sets be merged exactly (`blockwise.py`). Neither function is differentiable
-by autograd: the CPU kernel's log-sum-exp carries no gradient, so its users bring a backward of their own.
+the scores, a bounded number of rows at a time. The log-sum-exp is what lets results over disjoint key sets be merged exactly
+(`blockwise.py`). Neither function is differentiable by autograd: the CPU kernel's log-sum-exp carries no gradient, so its users
+bring a backward of their own.
 
 Shapes: query `[B, H, Q, D]`, key and value `[B, G, K, D]` with G dividing H, mask `[Q, K]` additive in the query's dtype,
 log-sum-exp `[B, H, Q]` float32.
@@ -81,7 +81,7 @@ def single_query(query, key, value, scale, mask=None):
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-        mask = mask.view(len(mask), *rows.shape[1:3], -1) if mask.dim() == 4 and mask.shape[1] > 1 else mask
+        mask = mask.reshape(len(mask), *rows.shape[1:3], -1) if mask.dim() == 4 and mask.shape[1] > 1 else mask
         scores = (scores + mask).clamp(min=torch.finfo(torch.float32).min)
     logsumexp = scores.logsumexp(-1)
     output = (scores - logsumexp.unsqueeze(-1)).exp().to(value.dtype) @ value

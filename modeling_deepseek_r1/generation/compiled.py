@@ -1,8 +1,9 @@
 """Compiled decoding.
 
-On a GPU a step is recorded and replayed as a whole (CUDA graphs), as transformers does it. On a CPU a decoding step of one row reads every weight once, so it should take as long as reading them takes. The libraries behind
-`torch.nn.functional.linear` are far from that with a single row (in bfloat16 more than in float32); the loop that
-inductor writes for a product and a sum is not. `OneRowProducts` puts the one in the place of the other.
+On a GPU a step is recorded and replayed as a whole (CUDA graphs), as transformers does it. On a CPU a decoding step of one row
+reads every weight once, so it should take as long as reading them takes. The libraries behind `torch.nn.functional.linear` are
+far from that with a single row (in bfloat16 more than in float32); the loop that inductor writes for a product and a sum is not.
+`OneRowProducts` puts the one in the place of the other.
 """
 
 from typing import Any

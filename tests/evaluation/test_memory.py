@@ -8,6 +8,7 @@ import torch
 from conftest import make_llama
 
 from modeling_deepseek_r1.evaluation import load_model, measure_memory, memory, memory_probe
+from modeling_deepseek_r1.evaluation.loading import usable_device
 from modeling_deepseek_r1.evaluation.memory_probe import PeakMemory
 
 MIB = 2**20
@@ -137,3 +138,11 @@ def test_damaged_and_absent_checkpoints_are_refused(checkpoint):
         load_model(checkpoint / "absent.gguf")
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         load_model("./absent")
+
+
+def test_a_device_that_is_not_there(checkpoint):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    assert usable_device() == (accelerator or torch.device("cpu")) and usable_device("cpu").type == "cpu"
+    for name in ("gpu0", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used: "):
+            load_model(checkpoint, device=name)
