@@ -376,7 +376,7 @@ def quantization_table(result: dict) -> str:
 TABLES = {
     "smollm2_quantization": quantization_table,
     "smollm2_ablation": ablation_table,
-    "smollm2_decode_engines": engines_table,
+    **dict.fromkeys(("smollm2_decode_engines", "smollm2_decode_engines_long"), engines_table),
     "smollm2_long_documents": long_documents,
     "dynamic_k": dynamic_table,
     "multimodal": multimodal_table,
@@ -385,8 +385,7 @@ TABLES = {
     "expert_cache": cache_table,
     "expert_finetuning_cost": finetuning_cost_table,
     "expert_finetuning_quality": finetuning_quality_table,
-    "attention_layer": attention_table,
-    "attention_layer_gpu": attention_table,
+    **dict.fromkeys(("attention_layer", "attention_layer_gpu"), attention_table),
     "candidates": candidates_table,
     "smollm2_grpo": grpo_table,
     "smollm2_healing": healing_table,

@@ -36,6 +36,8 @@ COMMANDS = {
     "smollm2_cost_bfloat16": "benchmark_model.py cost --dtype bfloat16 --models routed",
     "smollm2_cost_float32": "benchmark_model.py cost",
     "smollm2_decode_engines": "benchmark_decode_engines.py --dtypes bfloat16 --llama PYTHON",
+    "smollm2_decode_engines_long": "benchmark_decode_engines.py --dtypes bfloat16 --lengths 16384 --engines eager balanced llama.cpp "
+    "--repeats 1 --decode-tokens 16 --llama PYTHON --output results/smollm2_decode_engines_long.json",
     "smollm2_experts_training": "benchmark_training.py",
     "smollm2_grpo": "train_grpo.py",
     "smollm2_healing": "benchmark_healing.py",
