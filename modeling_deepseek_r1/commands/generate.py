@@ -103,6 +103,8 @@ def load(args: argparse.Namespace):
     if args.expert_memory is not None:
         from ..moe.offload import offload_experts
 
+        if args.device not in (None, "cpu"):
+            raise ValueError(f"--expert-memory computes on the CPU; leave out --device {args.device}")
         return offload_experts(args.checkpoint, int(args.expert_memory * 1e6)), load_tokenizer(args.checkpoint)
     return load_model(args.checkpoint, DTYPES[args.dtype], args.device), load_tokenizer(args.checkpoint)
 

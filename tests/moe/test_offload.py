@@ -136,6 +136,8 @@ def test_the_command(tmp_path, capsys):
     assert found.out == expected and "in memory when they were needed: " in found.err
     assert main([*command, "--expert-memory", "0.001"]) == 1
     assert "does not hold two experts" in capsys.readouterr().err
+    assert main([*command, "--expert-memory", "0.06", "--device", "cuda"]) == 1
+    assert "--expert-memory computes on the CPU; leave out --device cuda" in capsys.readouterr().err
 
 
 PEAK = """
