@@ -83,9 +83,11 @@ def single_query(query, key, value, scale, mask=None):
             mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
         mask = mask.reshape(len(mask), *rows.shape[1:3], -1) if mask.dim() == 4 and mask.shape[1] > 1 else mask
         scores = (scores + mask).clamp(min=torch.finfo(torch.float32).min)
-    logsumexp = scores.logsumexp(-1)
-    output = (scores - logsumexp.unsqueeze(-1)).exp().to(value.dtype) @ value
-    return output.view(query.shape), logsumexp.view(query.shape[:3])
+    highest = scores.amax(-1, keepdim=True)
+    weights = (scores - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    output = (weights / total).to(value.dtype) @ value
+    return output.view(query.shape), (highest + total.log()).view(query.shape[:3])
 
 
 def portable_attend(query, key, value, scale, mask=None, causal=False):

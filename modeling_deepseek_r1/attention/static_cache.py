@@ -150,17 +150,16 @@ class StaticPatternLayer(CacheLayerMixin):
 
     def _write(self, key_states, value_states, clusters, positions, following) -> None:
         slots = self.slots.of(positions, following)
-        self._scatter(slots, key_states, value_states)
+        self._put(slots, key_states, value_states)
         if clusters is not None:
-            index = slots[:, None, :, None].expand(-1, self.clusters.shape[1], -1, 1)
-            self.clusters.scatter_(2, index, clusters.to(torch.int32).unsqueeze(-1))
+            _put(self.clusters, slots, clusters.to(torch.int32).unsqueeze(-1))
         if self.slots.nodes:
-            self._scatter(self.slots.of_nodes(positions), key_states, value_states)
+            self._put(self.slots.of_nodes(positions), key_states, value_states)
         self.next_positions.copy_(following)
 
-    def _scatter(self, slots, key_states, value_states) -> None:
+    def _put(self, slots, key_states, value_states) -> None:
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.scatter_(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]), states)
+            _put(buffer, slots, states)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -264,3 +263,9 @@ class StaticPatternLayer(CacheLayerMixin):
     reorder_cache = PatternLayer.reorder_cache
     batch_repeat_interleave = PatternLayer.batch_repeat_interleave
     batch_select_indices = PatternLayer.batch_select_indices
+
+
+def _put(buffer: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+    """Writes states `[B, G, Q, D]` to the slots `[B, Q]`; compiled code does so in place, where it copies for `scatter_`."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    buffer.transpose(1, 2).index_put_((rows, slots), states.transpose(1, 2).to(buffer.dtype))

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from .kernels import masked_attention
+from .kernels import masked_attention, single_query
 from .nodes import Nodes
 from .pattern import AttentionLayout, remote_keys, visible_keys, visible_nodes
 from .routed import Routing
 from .static_cache import StaticPatternLayer
+
+FUSED_KEYS = 2048
+"""So many keys are read faster by fused sums than by matrix products, for one query in bfloat16 on a CPU."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ def static_attention(
             ends = first, key.shape[2] - first - layer.slots.memory
             log_gate = log_gate + F.pad(routing.memory.bias[:, None, None].expand(-1, -1, layer.slots.memory), ends)
         hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-        mask = torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden))
+        mask = _computed_once(torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden)))
     if query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling():
         return _one_query(query, key, value, mask, scale)
     return masked_attention(query, key, value, scale, mask)
@@ -90,6 +93,8 @@ def static_attention(
 
 def _one_query(query, key, value, mask, scale: float) -> torch.Tensor:
     """The same from products and sums, which compiled code fuses; torch's kernel for the CPU is slow for a single query."""
+    if key.shape[2] > FUSED_KEYS and query.dtype == torch.bfloat16:
+        return single_query(query, key, value, scale, mask)[0]
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, float("-inf"))
     groups = key.shape[1]
@@ -114,12 +119,18 @@ def _visible(layer: StaticPatternLayer, layout: StaticLayout, num_keys: int):
 
     blank = [held.new_full((len(held), count), -1) for count in (slots.local, slots.nodes, slots.memory)]
     positions = keys(held, *blank[1:])
-    near, far = visible_keys(pattern, layout.positions, positions)[:, None], None
+    near, far = _computed_once(visible_keys(pattern, layout.positions, positions)[:, None]), None
     if pattern.global_stride:
         nodes = visible_nodes(pattern, layout.positions, keys(blank[0], slots.held_nodes(following), blank[2]))
         numbers = torch.arange(num_keys, device=held.device) - slots.local - slots.nodes
-        far = (nodes | ((numbers >= 0) & (numbers < slots.memory)))[:, None]
+        far = _computed_once((nodes | ((numbers >= 0) & (numbers < slots.memory)))[:, None])
     return positions, near, far
+
+
+def _computed_once(mask: torch.Tensor) -> torch.Tensor:
+    """The same tensor; compiled code would compute it anew wherever it is used, but for one with strides of its own."""
+    mask = mask.contiguous()
+    return mask.as_strided(mask.shape, mask.stride()) if torch.compiler.is_compiling() else mask
 
 
 def forward_layout(

@@ -1,6 +1,7 @@
 """A static cache: the text of the dynamic one, and decoding steps that are one graph."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -57,6 +58,29 @@ def test_a_step_is_one_graph(pattern, missing):
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="eager")
         assert_equal(steps(model, ids, mask, static_cache(model, 48), [20] + [1] * 20, compiled), expected, mask)
+
+
+@pytest.mark.parametrize("pattern, missing", [("mixed", 0), ("mixed", 6), ("global_mixed", 6)])
+def test_a_compiled_step_reads_many_bfloat16_keys_by_products(pattern, missing, monkeypatch):
+    ids, mask, model = random_ids(2, 40), padded(2, 40, missing), tiny_model(pattern).bfloat16().float()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    model.bfloat16()
+    products = {}
+    for fused in (1, 2048):
+        monkeypatch.setattr("modeling_deepseek_r1.attention.static_step.FUSED_KEYS", fused)
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+        actual = steps(model, ids, mask, static_cache(model, 48), [20] + [1] * 20, compiled)[mask.bool()].float()
+        assert (actual - expected).norm() / expected.norm() < 0.03
+        products[fused] = sum(node.target is operator.matmul for node in graphs[0].graph.nodes)
+    assert products[1] == products[2048] + 2 * model.config.num_hidden_layers
 
 
 def test_experts_that_are_one_product_are_compiled_too():
