@@ -110,12 +110,13 @@ def write_gguf(source: Path, target: Path, dtype: str) -> None:
 
 
 def make_engines(names, dtype: str, context: int, args) -> dict:
-    """Name -> engine; engines of one checkpoint share the model."""
+    """Name -> engine; those that are not compiled have packed weights, as in the command `generate`."""
     from benchmark_model import MODELS, converted
     from demo import packaged_checkpoint
 
     from modeling_deepseek_r1.conversion import convert_checkpoint
     from modeling_deepseek_r1.evaluation.loading import DTYPES, load_model
+    from modeling_deepseek_r1.generation import pack_weights
 
     models, engines = {}, {}
     for name in names:
@@ -127,12 +128,14 @@ def make_engines(names, dtype: str, context: int, args) -> dict:
             engines[name] = LlamaCpp(args.llama, target, args.threads, context)
             continue
         label, compiled = ENGINES[name]
-        if label not in models:
+        if ENGINES[name] not in models:
             folder = MODELS / "dense" if label == "dense" else converted(label)
             if not folder.exists():
                 convert_checkpoint(packaged_checkpoint(), folder)
-            models[label] = load_model(folder, DTYPES[dtype])
-        engines[name] = Ours(models[label], compiled, context)
+            models[ENGINES[name]] = load_model(folder, DTYPES[dtype])
+            if not compiled:
+                pack_weights(models[ENGINES[name]])
+        engines[name] = Ours(models[ENGINES[name]], compiled, context)
     return engines
 
 

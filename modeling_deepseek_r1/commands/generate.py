@@ -94,10 +94,11 @@ def _joined_inputs(args: argparse.Namespace, shown: list[tuple[str, str]], promp
 
 
 def load(args: argparse.Namespace):
-    """Model and tokenizer of `args.checkpoint`, with the random seed set."""
+    """Model and tokenizer of `args.checkpoint`, with the random seed set; weights are packed unless they are to be compiled."""
     import torch
 
     from ..evaluation.loading import DTYPES, load_model, load_tokenizer
+    from ..generation import pack_weights
 
     torch.manual_seed(args.seed)
     if args.expert_memory is not None:
@@ -106,7 +107,10 @@ def load(args: argparse.Namespace):
         if args.device not in (None, "cpu"):
             raise ValueError(f"--expert-memory computes on the CPU; leave out --device {args.device}")
         return offload_experts(args.checkpoint, int(args.expert_memory * 1e6)), load_tokenizer(args.checkpoint)
-    return load_model(args.checkpoint, DTYPES[args.dtype], args.device), load_tokenizer(args.checkpoint)
+    model = load_model(args.checkpoint, DTYPES[args.dtype], args.device)
+    if not getattr(args, "compile", False):
+        pack_weights(model)
+    return model, load_tokenizer(args.checkpoint)
 
 
 def new_cache(args: argparse.Namespace, model):

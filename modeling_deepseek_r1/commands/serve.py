@@ -123,10 +123,12 @@ def _version(args: argparse.Namespace, checkpoint: str, name: str, media):
     from transformers import AutoProcessor
 
     from ..evaluation.loading import DTYPES, load_model, load_tokenizer
+    from ..generation import pack_weights
     from ..serving import Engine, Version
 
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, DTYPES[args.dtype], args.device)
+    pack_weights(model)
     processor = AutoProcessor.from_pretrained(checkpoint) if model.config.model_type == "deepseek_r1" else None
     engine = Engine(model, rows=args.rows, queue=args.queue, context=args.context, cache_tokens=args.cache_tokens)
     return Version(name, engine, tokenizer, processor, media)

@@ -5,6 +5,7 @@ from .candidates import CandidateOutput, HierarchicalCandidates, generate_candid
 from .compiled import compiled_decoding
 from .conversation import Conversation
 from .evaluators import EmbeddingEvaluator, RewardEvaluator
+from .packed import pack_weights
 from .selection import Candidate, PromptCandidates
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "SegmentedCache",
     "compiled_decoding",
     "generate_candidates",
+    "pack_weights",
 ]
