@@ -4,13 +4,15 @@ perplexity that the pattern costs comes back, on text that neither calibration n
 python scripts/benchmark_healing.py [routed] ["window + sinks"]      adds to results/smollm2_healing.json
 
 What the dense model and the student before healing have is read from results/smollm2_perplexity.json
-(`benchmark_model.py perplexity`), whose text and windows are used again. Rows are short, as one core trains; the window is
-made much smaller in training so that most of what their tokens see lies beyond it, and is the student's own when it is measured.
+(`benchmark_model.py perplexity`), whose text and windows are used again. A step has one row, as one core trains; the
+window is made smaller in training so that most of what its tokens see lies beyond it, and is the student's own when it is measured.
 """
 
 import argparse
+import ast
 import importlib.util
 import json
+import sysconfig
 import time
 from pathlib import Path
 
@@ -24,16 +26,35 @@ from modeling_deepseek_r1.training import Recipe, train_checkpoint
 BEFORE = Path("results/smollm2_perplexity.json")
 MODULES = ("argparse", "difflib", "doctest", "inspect", "ipaddress", "subprocess")
 """Of the standard library; calibration reads others."""
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 STUDENTS = ("routed", "window + sinks")
 
 
+def documentation() -> str:
+    """The longer docstrings of the standard library's modules, but for those of `MODULES`."""
+    folder, found = Path(sysconfig.get_path("stdlib")), []
+    for path in sorted(folder.glob("*.py")):
+        if path.stem not in MODULES:
+            nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED))
+            found += [text for node in nodes if len(text := ast.get_docstring(node) or "") > 200]
+    return "\n\n".join(found)
+
+
 def training_texts(folder: Path, first: int, tokens: int) -> list[Path]:
-    """Two files of `tokens // 2` tokens: the built-in prose from the token `first` on, and source code."""
+    """Files of `tokens` tokens together, half of them code: the built-in prose from the token `first` on, and documentation,
+    make up the English half.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, files = load_tokenizer(converted("routed")), []
     code = "\n\n".join(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in MODULES)
-    for name, text, start in (("prose", read_text(["prose"]), first), ("code", code, 0)):
-        ids = encode_text(tokenizer, text)[start:][: tokens // 2]
+    prose = encode_text(tokenizer, read_text(["prose"]))[first:][: tokens // 2]
+    texts = {
+        "prose": prose,
+        "documentation": encode_text(tokenizer, documentation())[: tokens // 2 - len(prose)],
+        "code": encode_text(tokenizer, code)[: tokens // 2],
+    }
+    for name, ids in texts.items():
+        print(f"{name}: {len(ids)} tokens")
         files.append(folder / f"{name}.txt")
         files[-1].write_text(tokenizer.decode(ids), encoding="utf-8")
     return files
@@ -105,10 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("students", nargs="*", default=STUDENTS[:1], metavar="STUDENT", help=" or ".join(STUDENTS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row; a step has one (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=128, help="in training (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="(default: %(default)s)")
-    parser.add_argument("--lora-rank", type=int, default=8, help="0 = train all but the embedding (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row; a step has one (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=256, help="in training (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 = train all but the embedding (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/smollm2_healing.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)

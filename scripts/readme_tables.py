@@ -132,7 +132,7 @@ def healing_table(result: dict) -> str:
         notes.append(
             f"\n{label}: {training['max_steps']} steps of one row of {training['length']} tokens, window {model['window_in_training']}"
             f" in training and {model['window']} when measured, {f'rank {rank}' if rank else 'all weights but the embedding'}, learning"
-            f" rate {training['learning_rate']:g}; half of the text is source code, half a later part of the evaluated book."
+            f" rate {training['learning_rate']:g}; the text is source code, documentation, and a later part of the evaluated book."
         )
     return "\n".join([*_grid("student", ["dense", "before", "after", "of the gap closed"], cells), *notes]) + "\n"
 
