@@ -69,21 +69,22 @@ class PackedLinear(nn.Module):
 def pack_weights(model: nn.Module) -> int:
     """Packs the weights of all linear layers of a model for inference on a CPU, in place.
 
-    Results differ by rounding. Layers that are elsewhere, in other dtypes, quantized, or part of fused experts stay as they are. The
-    model takes no more memory than before, but for the head if it shares its weight with the embedding. It can be saved; it
-    cannot be trained, compiled, copied or moved to another device.
+    Results differ by rounding. Layers that are elsewhere, in other dtypes (or bfloat16, where the CPU has no instructions for it),
+    quantized, or part of fused experts stay as they are. The model takes no more memory than before, but for a head that shares its
+    weight with the embedding. It can be saved; it cannot be trained, compiled, copied or moved to another device.
 
     Returns:
         How many layers have been packed.
     """
     if not torch.backends.mkldnn.is_available():
         return 0
+    dtypes = [torch.float32, *[torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()]
     linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     users = [id(own) for module in model.modules() for own in module._parameters.values() if own is not None]
     count = 0
     for name, linear in linears:
         weight = linear.weight
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+        if weight.device.type == "cpu" and weight.dtype in dtypes:
             model.set_submodule(name, PackedLinear(linear, keep_weight=users.count(id(weight)) > 1))
             count += 1
     return count

@@ -61,6 +61,12 @@ def test_odd_sizes_biases_and_other_dtypes():
     assert "in_features=7, out_features=13, bias=True" in repr(model)
 
 
+def test_a_cpu_without_bfloat16_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert pack_weights(nn.Linear(4, 4).bfloat16()) == pack_weights(nn.Sequential(nn.Linear(4, 4).bfloat16())) == 0
+    assert pack_weights(nn.Sequential(nn.Linear(4, 4))) == 1
+
+
 def test_what_is_impossible_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     pack_weights(model)
