@@ -41,8 +41,8 @@ def documentation() -> str:
 
 
 def training_texts(folder: Path, first: int, tokens: int) -> list[Path]:
-    """Files of `tokens` tokens together, half of them code: the built-in prose from the token `first` on, and documentation,
-    make up the English half.
+    """Files of `tokens` tokens together, or of all that there are: half source code, half the built-in prose from the token
+    `first` on and documentation.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, files = load_tokenizer(converted("routed")), []

@@ -2,7 +2,7 @@
 
 `torch.nn.functional.linear` gives plain matrices to a library that rearranges them in every call, or reads them as they are. Weights
 that are packed once are read in the order of the products: between 1.3 and 2.9 times as fast for the few rows of a decoding step, in
-float32 for long prompts as well. Compiled code does this itself where it is faster (`compiled.py`), and cannot read packed weights.
+float32 for long prompts as well. Compiled code has another way (`compiled.py`), and cannot read packed weights.
 """
 
 from typing import Any
