@@ -74,7 +74,7 @@ def static_attention(
     """
     if layer.kind not in layout.masks:
         layout.masks[layer.kind] = _visible(layer, layout, key.shape[2])
-    positions, mask, far = layout.masks[layer.kind]
+    positions, mask, far, bias = layout.masks[layer.kind]
     if routing is not None:
         log_gate = routing.log_gate[..., None]
         if isinstance(routing, Routing):
@@ -85,29 +85,27 @@ def static_attention(
             ends = first, key.shape[2] - first - layer.slots.memory
             log_gate = log_gate + F.pad(routing.memory.bias[:, None, None].expand(-1, -1, layer.slots.memory), ends)
         hidden = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-        mask = _computed_once(torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden)))
+        mask = bias = _computed_once(torch.where(far, log_gate.to(query.dtype), torch.where(mask, 0.0, hidden)))
     if query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling():
-        return _one_query(query, key, value, mask, scale)
+        return _one_query(query, key, value, bias, scale)
     return masked_attention(query, key, value, scale, mask)
 
 
-def _one_query(query, key, value, mask, scale: float) -> torch.Tensor:
+def _one_query(query, key, value, bias, scale: float) -> torch.Tensor:
     """The same from products and sums, which compiled code fuses; torch's kernel for the CPU is slow for a single query."""
     if key.shape[2] > FUSED_KEYS and query.dtype == torch.bfloat16:
-        return single_query(query, key, value, scale, mask)[0]
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, float("-inf"))
+        return single_query(query, key, value, scale, bias)[0]
     groups = key.shape[1]
-    query, mask = query.float().unflatten(1, (groups, -1)), mask.float()
-    mask = mask.unflatten(1, (groups, -1)) if mask.shape[1] > 1 else mask.unsqueeze(2)
-    scores = (query * key.float()[:, :, None]).sum(-1) * scale + mask[..., 0, :]
+    query, bias = query.float().unflatten(1, (groups, -1)), bias.float()
+    bias = bias.unflatten(1, (groups, -1)) if bias.shape[1] > 1 else bias.unsqueeze(2)
+    scores = (query * key.float()[:, :, None]).sum(-1) * scale + bias[..., 0, :]
     output = (scores.softmax(-1)[..., None] * value.float()[:, :, None]).sum(-2)
     return output.to(value.dtype).flatten(1, 2).unsqueeze(2)
 
 
 def _visible(layer: StaticPatternLayer, layout: StaticLayout, num_keys: int):
-    """Positions of the keys `[B, K]` as far as the window is concerned, the local keys `[B, 1, Q, K]`, and in a global layer the
-    nodes and memory tokens, else None."""
+    """Positions of the keys `[B, K]` as far as the window is concerned, the local keys `[B, 1, Q, K]`, in a global layer the nodes
+    and memory tokens, else None, and the local keys as what is added to scores: loops with a bool in them are not vectorised."""
     slots, pattern = layer.slots, layer.pattern
     joined = num_keys > slots.total
     following = layout.before if joined else layout.after
@@ -124,7 +122,7 @@ def _visible(layer: StaticPatternLayer, layout: StaticLayout, num_keys: int):
         nodes = visible_nodes(pattern, layout.positions, keys(blank[0], slots.held_nodes(following), blank[2]))
         numbers = torch.arange(num_keys, device=held.device) - slots.local - slots.nodes
         far = _computed_once((nodes | ((numbers >= 0) & (numbers < slots.memory)))[:, None])
-    return positions, near, far
+    return positions, near, far, _computed_once(torch.zeros(near.shape, device=held.device).masked_fill(~near, float("-inf")))
 
 
 def _computed_once(mask: torch.Tensor) -> torch.Tensor:
