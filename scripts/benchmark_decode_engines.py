@@ -15,11 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-DEFAULT = ("eager", "compiled", "llama.cpp")
-ENGINES = {"eager": ("dense", False), "compiled": ("dense", True), "balanced": ("balanced", False)}
-ENGINES |= {"balanced compiled": ("balanced", True), "window + sinks": ("window + sinks", False)}
-ENGINES |= {"window + sinks compiled": ("window + sinks", True)}
-"""Name -> checkpoint of `benchmark_model.py`, and whether the decoding step is compiled."""
+DEFAULT = ("eager", "packed", "compiled", "llama.cpp")
+ENGINES = {way: ("dense", way) for way in DEFAULT[:3]} | {"balanced": ("balanced", "packed")}
+ENGINES |= {f"{label} compiled": (label, "compiled") for label in ("balanced", "window + sinks")}
+"""Name -> checkpoint of `benchmark_model.py`, and how it decodes: as it is loaded, with packed weights, or compiled."""
 
 
 def llama_worker(gguf: str, threads: int, context: int) -> None:
@@ -110,7 +109,7 @@ def write_gguf(source: Path, target: Path, dtype: str) -> None:
 
 
 def make_engines(names, dtype: str, context: int, args) -> dict:
-    """Name -> engine; those that are not compiled have packed weights, as in the command `generate`."""
+    """Name -> engine; those that take the weights of a checkpoint as they are share the model."""
     from benchmark_model import MODELS, converted
     from demo import packaged_checkpoint
 
@@ -127,15 +126,16 @@ def make_engines(names, dtype: str, context: int, args) -> dict:
                 write_gguf(packaged_checkpoint(), target, dtype)
             engines[name] = LlamaCpp(args.llama, target, args.threads, context)
             continue
-        label, compiled = ENGINES[name]
-        if ENGINES[name] not in models:
+        label, way = ENGINES[name]
+        packed = way == "packed"
+        if (label, packed) not in models:
             folder = MODELS / "dense" if label == "dense" else converted(label)
             if not folder.exists():
                 convert_checkpoint(packaged_checkpoint(), folder)
-            models[ENGINES[name]] = load_model(folder, DTYPES[dtype])
-            if not compiled:
-                pack_weights(models[ENGINES[name]])
-        engines[name] = Ours(models[ENGINES[name]], compiled, context)
+            models[label, packed] = load_model(folder, DTYPES[dtype])
+            if packed:
+                pack_weights(models[label, packed])
+        engines[name] = Ours(models[label, packed], way == "compiled", context)
     return engines
 
 

@@ -150,14 +150,14 @@ class StaticPatternLayer(CacheLayerMixin):
 
     def _write(self, key_states, value_states, clusters, positions, following) -> None:
         slots = self.slots.of(positions, following)
-        self._put(slots, key_states, value_states)
+        self._put_states(slots, key_states, value_states)
         if clusters is not None:
             _put(self.clusters, slots, clusters.to(torch.int32).unsqueeze(-1))
         if self.slots.nodes:
-            self._put(self.slots.of_nodes(positions), key_states, value_states)
+            self._put_states(self.slots.of_nodes(positions), key_states, value_states)
         self.next_positions.copy_(following)
 
-    def _put(self, slots, key_states, value_states) -> None:
+    def _put_states(self, slots, key_states, value_states) -> None:
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             _put(buffer, slots, states)
 

@@ -1,8 +1,8 @@
 """Weights in the layout that oneDNN multiplies fastest on this CPU.
 
 `torch.nn.functional.linear` gives plain matrices to a library that rearranges them in every call, or reads them as they are. Weights
-that are packed once are read in the order of the products: between 1.3 and 2.9 times as fast for the few rows of a decoding step, in
-float32 for long prompts as well. Compiled code has another way (`compiled.py`), and cannot read packed weights.
+that are packed once are read in the order of the products, which is faster for the few rows of a decoding step, and in float32 for
+long prompts as well. Compiled code has another way (`compiled.py`), and cannot read packed weights.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, keep_weight: bool = False):
         super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         if keep_weight:
             self.weight = linear.weight
@@ -40,27 +40,30 @@ class PackedLinear(nn.Module):
 
     @torch.compiler.disable(reason="packed weights cannot be compiled: load the model again, without pack_weights()")
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., out]`.
+        """`[..., in]` to `[..., out]`, in the dtype of the weight, under autocast too.
 
         Raises:
             RuntimeError: a gradient is asked for.
         """
         if inputs.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("packed weights have no gradients: load the model again to train it, or use torch.no_grad()")
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs.to(self.packed.dtype), self.packed, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.setdefault(f"{prefix}weight", self.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        probe = torch.empty(0, dtype=self.dtype)
+        probe = torch.empty(0, dtype=self.packed.dtype)
         moved = fn(probe)
         if (moved.device, moved.dtype) != (probe.device, probe.dtype):
             raise RuntimeError(
-                f"packed weights stay in {self.dtype} on the CPU: move or convert the model before pack_weights()"
+                f"packed weights stay in {self.packed.dtype} on the CPU: move or convert the model before pack_weights()"
             )
         return super()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("packed weights cannot be copied or pickled: copy the model before pack_weights()")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -71,7 +74,8 @@ def pack_weights(model: nn.Module) -> int:
 
     Results differ by rounding. Layers that are elsewhere, in other dtypes (or bfloat16, where the CPU has no instructions for it),
     quantized, or part of fused experts stay as they are. The model takes no more memory than before, but for a head that shares its
-    weight with the embedding. It can be saved; it cannot be trained, compiled, copied or moved to another device.
+    weight with the embedding, though `num_parameters()` no longer counts them. It can be saved; it cannot be trained, compiled,
+    copied or moved to another device.
 
     Returns:
         How many layers have been packed.

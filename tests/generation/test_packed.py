@@ -61,6 +61,16 @@ def test_odd_sizes_biases_and_other_dtypes():
     assert "in_features=7, out_features=13, bias=True" in repr(model)
 
 
+def test_autocast_is_ignored():
+    model, ids = tiny_model("mixed"), random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+        pack_weights(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = model(ids).logits.float()
+    assert (actual - expected).norm() / expected.norm() < 3e-2
+
+
 def test_a_cpu_without_bfloat16_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert pack_weights(nn.Linear(4, 4).bfloat16()) == pack_weights(nn.Sequential(nn.Linear(4, 4).bfloat16())) == 0
@@ -75,5 +85,7 @@ def test_what_is_impossible_is_refused():
     with pytest.raises(RuntimeError, match=r"before pack_weights\(\)"):
         model.to(torch.bfloat16)
     assert model.to("cpu") is model
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(model)
     with pytest.raises(Exception, match="packed weights cannot be compiled"):
         torch.compile(model, fullgraph=True, backend="eager")(torch.zeros(1, 4))
