@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 
 GROUPS = {
     "data": ("task", "labels"),
     "training": ("epochs", "seed"),
-    "what is trained, and how": ("dtype", "quantization_aware"),
+    "what is trained, and how": ("dtype", "train_scales"),
     "healing": ("heal_from", "heal_window"),
     "log and checkpoints": ("log_steps", "arguments"),
 }
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
         given["expert_config"] = {name: value for part in given["expert_config"] for name, value in part.items()}
     for name in {"arguments", "quantization_aware"} & given.keys():
         given[name] = {**getattr(recipe, name), **dict(given[name])}
-    report = train_checkpoint(recipe.changed(given, "command line"), resume=args.resume, overwrite=args.overwrite)
+    # transformers writes its log to stdout, which is the report's alone if a program reads it.
+    with redirect_stdout(sys.stderr if args.json else sys.stdout):
+        report = train_checkpoint(recipe.changed(given, "command line"), resume=args.resume, overwrite=args.overwrite)
     sys.stdout.flush()
     print(json.dumps({**vars(report), "history": None}, indent=2) if args.json else report.summary())

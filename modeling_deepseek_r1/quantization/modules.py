@@ -1,4 +1,5 @@
-"""Modules whose weights are stored in few bits. They are buffers: nothing trains them, but gradients pass through to the inputs.
+"""Modules whose weights are stored in few bits. They are buffers: nothing trains them, but gradients pass through to the inputs, and
+to the scales while these are trained (`scales.train_scales`).
 
 Weights are made again, in the dtype of the input, for every product, and for the backward pass once more. On a CPU in bfloat16 a
 few rows (decoding) go through ATen's products of packed weights instead, which read each weight only once. In float32 those are a
@@ -23,13 +24,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, scales, zeros):
-        ctx.save_for_backward(weight, scales, zeros)
+        ctx.save_for_backward(rows if scales.requires_grad else None, weight, scales, zeros)
         return rows @ decode(weight, scales, zeros, rows.dtype).t()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad @ decode(*ctx.saved_tensors, grad.dtype), None, None, None
+        rows, weight, scales, zeros = ctx.saved_tensors
+        scale_grad = None
+        if ctx.needs_input_grad[2]:
+            # A weight is its scale times a number, its share of whose gradient this is.
+            numbers = decode(weight, torch.ones_like(scales), zeros, grad.dtype)
+            scale_grad = (numbers * (grad.t() @ rows)).unflatten(-1, (scales.shape[-1], -1)).sum(-1, dtype=scales.dtype)
+        row_grad = grad @ decode(weight, scales, zeros, grad.dtype) if ctx.needs_input_grad[0] else None
+        return row_grad, None, scale_grad, None
 
 
 class PackedMatrices(Float32Module):
@@ -45,6 +53,7 @@ class PackedMatrices(Float32Module):
     Attributes:
         weight, scales, zeros: as `Format.buffers` says; zeros is None with 8 bits.
         input_scale: float32, or None.
+        scale_change: float32 parameter like `scales` while these are trained, else None.
     """
 
     def __init__(self, shape: tuple[int, ...], format: Format, input_scale: bool = False):
@@ -57,6 +66,7 @@ class PackedMatrices(Float32Module):
         for name, (size, dtype) in format.buffers(self.shape).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype))
         self.register_buffer("input_scale", torch.ones(*shape[:-2], shape[-1]) if input_scale else None)
+        self.register_parameter("scale_change", None)
         self._kernel_weights: dict[int | None, tuple[torch.Tensor, ...]] = {}
 
     def fill(self, codes: torch.Tensor, grid, input_scale: torch.Tensor | None = None) -> None:
@@ -67,16 +77,21 @@ class PackedMatrices(Float32Module):
             self.input_scale = input_scale.float().contiguous()
         self._kernel_weights = {}
 
+    @property
+    def current_scales(self) -> torch.Tensor:
+        """The stored scales, or what training has made of them."""
+        return self.scales if self.scale_change is None else self.scales.float() * (1 + self.scale_change)
+
     def decoded(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the module multiplies with, the scale of the inputs included."""
-        weight = decode(self.weight, self.scales, self.zeros, dtype)
+        weight = decode(self.weight, self.current_scales, self.zeros, dtype)
         return weight if self.input_scale is None else weight * self.input_scale.to(dtype).unsqueeze(-2)
 
     def product(self, rows: torch.Tensor, number: int | None = None) -> torch.Tensor:
         """`rows @ weight.T`, `[T, out]` for `[T, in]`, with matrix `number` of several."""
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        own = [self.weight, self.scales, self.zeros, self.input_scale]
+        own = [self.weight, self.current_scales, self.zeros, self.input_scale]
         if number is not None:
             own = [None if tensor is None else tensor[number] for tensor in own]
         if own[3] is not None:
@@ -88,7 +103,7 @@ class PackedMatrices(Float32Module):
     def _suits_kernel(self, rows: torch.Tensor) -> bool:
         if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or not 0 < rows.shape[0] <= MAX_ROWS:
             return False
-        if self.format.bits == "fp8" or (torch.is_grad_enabled() and rows.requires_grad):
+        if self.scale_change is not None or self.format.bits == "fp8" or (torch.is_grad_enabled() and rows.requires_grad):
             return False
         # Other sizes are read beyond their end, or refused.
         return self.shape[-1] % 64 == self.shape[-2] % 64 == 0 and self.format.group_size in (None, *_KERNEL_GROUPS)
@@ -144,7 +159,7 @@ class QuantizedEmbedding(PackedMatrices, nn.Embedding):
         self._store((embedding.num_embeddings, embedding.embedding_dim), format, False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = [None if tensor is None else tensor[input] for tensor in (self.weight, self.scales, self.zeros)]
+        rows = [None if tensor is None else tensor[input] for tensor in (self.weight, self.current_scales, self.zeros)]
         return decode(*rows, self.like.dtype)
 
     def _apply(self, fn, recurse: bool = True):
@@ -168,10 +183,15 @@ class QuantizedHead(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         """What is stored, see `PackedMatrices`."""
-        return self._embedding[0].weight
+        return self.embedding.weight
+
+    @property
+    def embedding(self) -> QuantizedEmbedding:
+        """What it multiplies with."""
+        return self._embedding[0]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = self._embedding[0].product(input.flatten(0, -2))
+        output = self.embedding.product(input.flatten(0, -2))
         return output.view(*input.shape[:-1], self.out_features)
 
 

@@ -99,6 +99,8 @@ class DeepseekR1HfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: DeepseekR1QuantizationConfig
+    is_qat_trainable = False
+    """Whether the scales are being trained; transformers' Trainer asks for it."""
 
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized and self.quantization_config.method != "rtn":

@@ -2,6 +2,10 @@
 
 What a matrix does wrong on the calibration text, `||X (W - W')^T||^2`, is `tr(D G D^T)` with `D = W - W'` and the Gram matrix
 `G = X^T X` of its inputs; so G is all that has to be kept of a text.
+
+By the time a matrix is rounded its inputs are no longer what they were, as the layers before have been rounded. What its outputs
+ought to be, `Y`, is what they were: so its weights are first moved to `W + S (G + damping)^-1` with the shortfall
+`S = (Y - X W^T)^T X`, which are the best that it could have, and rounded then (https://arxiv.org/abs/2504.02692).
 """
 
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ class Solution:
 
     Attributes:
         codes, grid: what is stored. input_scale: `[in]`, or None.
-        error: norm of what the outputs (without inputs: the weights) are wrong by, relative to their own.
+        error: norm of what rounding makes of the outputs (without inputs: the weights), relative to their own.
     """
 
     codes: torch.Tensor
@@ -33,7 +37,14 @@ class Solution:
     error: float
 
 
-def solve(weight: torch.Tensor, gram: torch.Tensor | None, format: Format, method: str, damping: float = DAMPING) -> Solution:
+def solve(
+    weight: torch.Tensor,
+    gram: torch.Tensor | None,
+    format: Format,
+    method: str,
+    damping: float = DAMPING,
+    shortfall: torch.Tensor | None = None,
+) -> Solution:
     """Quantizes a matrix `[out, in]`, float32.
 
     Args:
@@ -41,6 +52,7 @@ def solve(weight: torch.Tensor, gram: torch.Tensor | None, format: Format, metho
         method: "rtn", "gptq" (https://arxiv.org/abs/2210.17323), "awq" (https://arxiv.org/abs/2306.00978), or "fitted": rounding,
             to scales that suit the inputs.
         damping: of the Gram matrix, for "gptq".
+        shortfall: `[out, in]`, see above; for "gptq", which alone moves weights. None: the inputs are what they were.
     """
     if gram is not None and not gram.diagonal().any():
         gram = None
@@ -50,6 +62,8 @@ def solve(weight: torch.Tensor, gram: torch.Tensor | None, format: Format, metho
         codes = encode(weight, grid, format)
         scale = torch.ones(weight.shape[1], device=weight.device) if method == "awq" else None
     elif method == "gptq":
+        if shortfall is not None:
+            weight = weight + torch.cholesky_solve(shortfall.T, _factor(gram, damping)[0]).T
         codes, grid = compensated(weight, gram, format, damping)
         scale = None
     else:
@@ -79,7 +93,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, format: Format, dampin
     importance = gram.diagonal()
     grid = fit_grid(weight, format, importance)
     order = importance.argsort(descending=True)
-    inverse = _inverse_factor(gram[order][:, order], damping)
+    inverse = _factor(gram[order][:, order], damping)[1]
     columns = grid.columns(order, format.group_size)
     rest, codes = weight[:, order].clone(), None
     for start in range(0, len(order), _COLUMNS):
@@ -102,8 +116,9 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, format: Format, dampin
     return codes[:, back], grid
 
 
-def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse, in float32; what float32 cannot factorise gets more damping."""
+def _factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky factors, in float32, of the damped Gram matrix (lower) and of its inverse (upper); what float32 cannot factorise gets
+    more damping."""
     mean = gram.diagonal().mean()
     for _ in range(6):
         damped = gram.clone()
@@ -112,7 +127,7 @@ def _inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
-                return upper
+                return factor, upper
         damping *= 10
     raise ValueError("the inputs of a layer cannot be used for calibration: their products are not finite, or all but zero")
 

@@ -277,7 +277,8 @@ class DistillationTrainer(DeepseekR1Trainer):
                 entropy = settings.ce_weight * F.cross_entropy(logits.float(), labels[rows], reduction="sum")
             return torch.stack((divergence(logits, target, settings.temperature, settings.top_k).sum(), entropy))
 
-        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        # A quantized head is an embedding's, whose scales may be trained.
+        trained = [parameter for parameter in getattr(head, "embedding", head).parameters() if parameter.requires_grad]
         loss, sums = _ThroughHead.apply(measure, head, student[-1][learned], *trained)
         parts = {"divergence": sums[0]} | ({"cross_entropy": sums[1]} if settings.ce_weight else {})
         if settings.hidden_weight:

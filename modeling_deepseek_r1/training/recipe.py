@@ -28,6 +28,8 @@ HEALING = {
     "heal_window": 128,
 }
 """What `heal_from` changes where nothing else is asked for: adapters on attention, long rows of whole texts, narrow windows."""
+SCALE_TRAINING = {"learning_rate": 2e-3, "length": 512, "packing": "concatenate", "batch_size": 2, "accumulation": 1}
+"""What `train_scales` changes where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class Recipe:
         metavar="NAME=VALUE",
     )
 
+    train_scales: bool = _setting(
+        False, "train the scales of a quantized checkpoint, as a rule with heal_from the checkpoint that it was made of"
+    )
+
     heal_from: str | None = _setting(
         None, "learn from this model, as a rule the dense source: checkpoint folder, GGUF file or hub id", metavar="SOURCE"
     )
@@ -131,7 +137,8 @@ class Recipe:
         return cls().changed({str(name).replace("-", "_"): value for name, value in content.items()}, where=str(path))
 
     def changed(self, values: Mapping[str, Any], where: str = "settings") -> "Recipe":
-        """With other values for some settings; `heal_from` brings the defaults of `HEALING` with it.
+        """With other values for some settings; `heal_from` brings the defaults of `HEALING` with it, `train_scales` those of
+        `SCALE_TRAINING`.
 
         Raises:
             ValueError: an unknown setting, or a value of the wrong type.
@@ -143,9 +150,14 @@ class Recipe:
                 close = difflib.get_close_matches(name, wanted, 1)
                 raise ValueError(f"{where}: there is no setting {name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
             checked[name] = _converted(value, wanted[name], f"{where}: {name}")
-        if checked.get("heal_from") and not self.heal_from:
+        scales, defaults = checked.get("train_scales", self.train_scales), {}
+        if scales and not self.train_scales:
+            defaults = SCALE_TRAINING
+        elif checked.get("heal_from") and not self.heal_from and not scales:
+            defaults = HEALING
+        if defaults:
             own = Recipe()
-            usual = {name: value for name, value in HEALING.items() if getattr(self, name) == getattr(own, name)}
+            usual = {name: value for name, value in defaults.items() if getattr(self, name) == getattr(own, name)}
             if checked.get("freeze", self.freeze):
                 # Whoever freezes parts trains the others themselves.
                 usual.pop("lora_rank", None)
@@ -183,6 +195,12 @@ class Recipe:
             )
         if self.train_routers and not self.expert_config:
             raise ValueError("train_routers belongs to expert_config; the adapters of lora_rank have lora_targets router")
+        others = {
+            name: getattr(self, name) for name in ("lora_rank", "expert_config", "freeze", "quantization_aware", "heal_window")
+        }
+        if self.train_scales and any(others.values()):
+            wrong = next(name for name, value in others.items() if value)
+            raise ValueError(f"train_scales trains the scales of stored weights alone: leave out {wrong}")
         if self.quantization_aware and (self.lora_rank is not None or self.expert_config or self.heal_from):
             raise ValueError(
                 "quantization_aware trains the weights themselves: leave out lora_rank, expert_config and heal_from"

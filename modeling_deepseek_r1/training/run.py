@@ -31,6 +31,7 @@ from ..conversion.convert import source_tokenizer
 from ..conversion.source import open_source
 from ..conversion.write import atomic_folder, check_destination, clean_leftovers
 from ..evaluation.loading import DTYPES, load_tokenizer
+from ..quantization.scales import fold_scales, train_scales
 from .arguments import DeepseekR1TrainingArguments
 from .card import model_card
 from .clipping import AdaptiveClipping
@@ -39,7 +40,7 @@ from .expert_lora import adapters_of, attach_experts, detach_experts, merge_expe
 from .prepare import TrainingData, prepare_data
 from .recipe import Recipe
 from .select_experts import choose_experts
-from .trainable import TrainableReport, add_adapters, freeze
+from .trainable import TrainableReport, add_adapters, freeze, make_report
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
 MODEL_TYPE, MULTIMODAL_TYPE = "deepseek_r1_text", "deepseek_r1"
@@ -197,8 +198,14 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
         raise ValueError(
             f"{recipe.model} is a {config.model_type} checkpoint; convert it first: deepseek-r1 convert {recipe.model} FOLDER"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{recipe.model} is quantized; train the checkpoint that it was made of, and quantize what comes out")
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and not recipe.train_scales:
+        raise ValueError(
+            f"{recipe.model} is quantized; train the checkpoint that it was made of, and quantize what comes out, or train its scales"
+            " alone (train_scales)"
+        )
+    if recipe.train_scales and not quantized:
+        raise ValueError(f"{recipe.model} is not quantized; train_scales is for what deepseek-r1 quantize has made")
     return config
 
 
@@ -301,6 +308,9 @@ def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArgu
         data.notes.append(f"rows of {recipe.length} tokens; the model was built for {built_for}")
     if recipe.expert_config:
         return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
+    if recipe.train_scales:
+        count = train_scales(model)
+        return model, make_report(model, {"scales": count})
     if recipe.lora_rank is None:
         return model, freeze(model, recipe.freeze)
     targets = recipe.lora_targets
@@ -343,6 +353,8 @@ def _write(recipe: Recipe, report: TrainingReport, model: nn.Module, tokenizer, 
     if adapters_of(model):
         merge_experts(model)
         detach_experts(model)
+    if recipe.train_scales:
+        fold_scales(model)
     content = {"format_version": FORMAT_VERSION, "settings": recipe.to_dict(), **asdict(report)}
     planned = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with atomic_folder(output, planned) as folder:

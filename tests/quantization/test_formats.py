@@ -93,3 +93,20 @@ def test_fewer_tokens_than_inputs_can_be_compensated():
     assert solve(weight, gram, Format(4, 8), "gptq").error < solve(weight, gram, Format(4, 8), "rtn").error
     with pytest.raises(ValueError, match="inputs of a layer cannot be used for calibration"):
         solve(weight, torch.full((64, 64), float("nan")), Format(4, 8), "gptq")
+
+
+@pytest.mark.parametrize("format", [Format(4, 16), Format(8)], ids=str)
+def test_drifted_inputs_are_made_up_for(format):
+    """A matrix whose inputs are no longer what they were gives what it gave, as nearly as one of its shape can."""
+    weight, before = torch.randn(40, 96), correlated(900, 96)
+    inputs = before @ (torch.eye(96) + 0.1 * torch.randn(96, 96)) + 10 * torch.randn(900, 96)
+    wanted, gram = before @ weight.T, inputs.T @ inputs
+    shortfall = (wanted - inputs @ weight.T).T @ inputs
+    wrong = {}
+    for name, given in (("weights as they are", None), ("moved", shortfall)):
+        result = decode(*stored_tensors(solve(weight, gram, format, "gptq", shortfall=given), format))
+        wrong[name] = float((inputs @ result.T - wanted).norm() / wanted.norm())
+    best = torch.linalg.lstsq(inputs, wanted).solution
+    least = float((inputs @ best - wanted).norm() / wanted.norm())
+    assert wrong["moved"] < 0.6 * wrong["weights as they are"]
+    assert least <= wrong["moved"] < (1.5 if format.bits == 8 else 3) * least

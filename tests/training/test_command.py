@@ -91,7 +91,7 @@ def test_conversations_by_a_recipe_with_adapters(source, tmp_path, capsys):
         "--checkpointing",
     ]
     assert train(*arguments, "--arguments", "warmup_steps=0", "--accumulation", 2, "--batch-size", 2, "--json") == 0
-    printed = json.loads("{" + capsys.readouterr().out.split("\n{\n", 1)[1])
+    printed = json.loads(capsys.readouterr().out)  # the log has gone to stderr
     assert printed["task"] == "chat" and printed["steps"] == 2
     assert report_of(output)["settings"]["seed"] == 4
     assert report_of(output)["settings"]["arguments"] == {"warmup_steps": 0}
