@@ -31,13 +31,13 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, weight, scales, zeros = ctx.saved_tensors
-        scale_grad = None
-        if ctx.needs_input_grad[2]:
-            # A weight is its scale times a number, its share of whose gradient this is.
-            numbers = decode(weight, torch.ones_like(scales), zeros, grad.dtype)
-            scale_grad = (numbers * (grad.t() @ rows)).unflatten(-1, (scales.shape[-1], -1)).sum(-1, dtype=scales.dtype)
-        row_grad = grad @ decode(weight, scales, zeros, grad.dtype) if ctx.needs_input_grad[0] else None
-        return row_grad, None, scale_grad, None
+        if not ctx.needs_input_grad[2]:
+            return grad @ decode(weight, scales, zeros, grad.dtype), None, None, None
+        # A weight is a scale times a number, so that the scale's gradient is that of its weights times their numbers.
+        numbers = decode(weight, torch.ones_like(scales), zeros, grad.dtype).unflatten(-1, (scales.shape[-1], -1))
+        scale_grad = ((grad.t() @ rows).view(numbers.shape) * numbers).sum(-1, dtype=scales.dtype)
+        weight = numbers.mul_(scales.to(grad.dtype).unsqueeze(-1)).flatten(-2)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, scale_grad, None
 
 
 class PackedMatrices(Float32Module):

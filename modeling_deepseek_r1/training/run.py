@@ -31,7 +31,7 @@ from ..conversion.convert import source_tokenizer
 from ..conversion.source import open_source
 from ..conversion.write import atomic_folder, check_destination, clean_leftovers
 from ..evaluation.loading import DTYPES, load_tokenizer
-from ..quantization.scales import fold_scales, train_scales
+from ..quantization.scales import fold_scales, stored_matrices, train_scales
 from .arguments import DeepseekR1TrainingArguments
 from .card import model_card
 from .clipping import AdaptiveClipping
@@ -40,7 +40,7 @@ from .expert_lora import adapters_of, attach_experts, detach_experts, merge_expe
 from .prepare import TrainingData, prepare_data
 from .recipe import Recipe
 from .select_experts import choose_experts
-from .trainable import TrainableReport, add_adapters, freeze, make_report
+from .trainable import TrainableReport, add_adapters, freeze
 from .trainer import DeepseekR1Trainer, last_checkpoint
 
 MODEL_TYPE, MULTIMODAL_TYPE = "deepseek_r1_text", "deepseek_r1"
@@ -309,8 +309,10 @@ def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArgu
     if recipe.expert_config:
         return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
     if recipe.train_scales:
-        count = train_scales(model)
-        return model, make_report(model, {"scales": count})
+        scales, matrices = train_scales(model), stored_matrices(model)
+        others = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        total = sum(math.prod(matrix.shape) for matrix in matrices) + others
+        return model, TrainableReport({"scales of matrices": len(matrices)}, scales, total)
     if recipe.lora_rank is None:
         return model, freeze(model, recipe.freeze)
     targets = recipe.lora_targets

@@ -143,7 +143,8 @@ def test_the_command_brings_a_quantized_checkpoint_nearer_to_its_source(checkpoi
     )
     report = json.loads(capsys.readouterr().out)
     assert report["metrics"]["eval_divergence"] < 0.7 * report["metrics"]["before_divergence"]
-    assert "scales" in report["trained"]
+    plain = AutoModelForCausalLM.from_pretrained(source)
+    assert f" of {plain.num_parameters():,} weights" in report["trained"] and "scales of matrices" in report["trained"]
     assert (out / "config.json").exists() and AutoModelForCausalLM.from_pretrained(out).config.quantization_config.bits == 4
     size = (made / "model.safetensors").stat().st_size
     assert (out / "model.safetensors").stat().st_size == pytest.approx(size, rel=1e-3)
