@@ -99,7 +99,7 @@ def quantize_checkpoint(
     Args:
         source: folder or hub id. destination: folder to be made; it appears only when it is complete.
         texts: UTF-8 files, or names of built-in texts, of the kind that the model is for.
-        num_windows, length: how many windows of how many tokens are read of them.
+        num_windows, length: how many windows of how many tokens are read of them, evenly spread over all of the text.
         overwrite: replace a checkpoint that is at `destination`.
         device: to compute on, as in `load_model`.
         on_progress: called with (layers done, layers).
@@ -118,8 +118,7 @@ def quantize_checkpoint(
     if texts:
         tokenizer = load_tokenizer(source)
         ids = encode_text(tokenizer, read_text(texts))
-        limits = {"context_length": length, "num_windows": num_windows}
-        windows = token_windows(ids, **limits, bos_token_id=leading_token_id(tokenizer))
+        windows = spread_windows(ids, length, num_windows, leading_token_id(tokenizer))
     numel, before = sum(p.numel() for p in model.parameters()), sum(p.numel() * p.element_size() for p in model.parameters())
     notes = clean_leftovers(destination)
     matrices, layers = quantize_model(model, config, windows, on_progress)
@@ -138,6 +137,14 @@ def quantize_checkpoint(
         )
         (written / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def spread_windows(ids: torch.Tensor, length: int, num_windows: int, bos_token_id: int | None = None) -> torch.Tensor:
+    """`[num_windows, length]` of a text `[tokens]`, evenly spread over it; arguments and errors as those of `token_windows`."""
+    there = ids.numel() // (length - (bos_token_id is not None)) if length > 1 else 0
+    limits = {"context_length": length, "bos_token_id": bos_token_id}
+    windows = token_windows(ids, num_windows=max(there, num_windows) if num_windows > 0 else num_windows, **limits)
+    return windows[torch.linspace(0, len(windows) - 1, num_windows).round().long()]
 
 
 def _load(source: str | Path) -> PreTrainedModel:

@@ -18,6 +18,8 @@ DAMPING = 0.01
 """Share of the mean diagonal that is added to G's, so that it can be inverted where few tokens were seen."""
 TIED_DAMPING = 1.0
 """The same for a head that is the embedding as well, in which every column counts for itself besides."""
+MOVE_DAMPING = 0.3
+"""The same for moving weights, so that they stay where they are in directions that the text hardly has."""
 _COLUMNS = 128
 _EXPONENTS = tuple(step / 10 for step in range(11))
 
@@ -63,7 +65,7 @@ def solve(
         scale = torch.ones(weight.shape[1], device=weight.device) if method == "awq" else None
     elif method == "gptq":
         if shortfall is not None:
-            weight = weight + torch.cholesky_solve(shortfall.T, _factor(gram, damping)[0]).T
+            weight = weight + torch.cholesky_solve(shortfall.T, _factor(gram, max(damping, MOVE_DAMPING))[0]).T
         codes, grid = compensated(weight, gram, format, damping)
         scale = None
     else:

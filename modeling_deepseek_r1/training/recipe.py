@@ -97,7 +97,8 @@ class Recipe:
     )
 
     train_scales: bool = _setting(
-        False, "train the scales of a quantized checkpoint, as a rule with heal_from the checkpoint that it was made of"
+        False,
+        "train the scales of a quantized checkpoint, and its norms, as a rule with heal_from the checkpoint that it was made of",
     )
 
     heal_from: str | None = _setting(
@@ -200,7 +201,7 @@ class Recipe:
         }
         if self.train_scales and any(others.values()):
             wrong = next(name for name, value in others.items() if value)
-            raise ValueError(f"train_scales trains the scales of stored weights alone: leave out {wrong}")
+            raise ValueError(f"train_scales trains the scales of stored weights, and norms, alone: leave out {wrong}")
         if self.quantization_aware and (self.lora_rank is not None or self.expert_config or self.heal_from):
             raise ValueError(
                 "quantization_aware trains the weights themselves: leave out lora_rank, expert_config and heal_from"

@@ -309,10 +309,10 @@ def _model(recipe: Recipe, data: TrainingData, arguments: DeepseekR1TrainingArgu
     if recipe.expert_config:
         return model, _attach_experts(recipe, model.to(arguments.device), data, arguments)
     if recipe.train_scales:
-        scales, matrices = train_scales(model), stored_matrices(model)
-        others = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        count, matrices = train_scales(model), stored_matrices(model)
+        others = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".scale_change"))
         total = sum(math.prod(matrix.shape) for matrix in matrices) + others
-        return model, TrainableReport({"scales of matrices": len(matrices)}, scales, total)
+        return model, TrainableReport({"scales of matrices, with the norms": len(matrices)}, count, total)
     if recipe.lora_rank is None:
         return model, freeze(model, recipe.freeze)
     targets = recipe.lora_targets

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 from modeling_deepseek_r1 import DeepseekR1ForConditionalGeneration, DeepseekR1QuantizationConfig
 from modeling_deepseek_r1.cli import main
 from modeling_deepseek_r1.quantization.modules import QuantizedLinear
-from modeling_deepseek_r1.quantization.run import quantize_checkpoint, quantize_model
+from modeling_deepseek_r1.quantization.run import quantize_checkpoint, quantize_model, spread_windows
 from modeling_deepseek_r1.training import Recipe, train_checkpoint
 from tests.data.tokenizers import make_tokenizer
 from tests.models import random_ids, tiny_model
@@ -101,6 +101,16 @@ def test_what_cannot_be_done_leaves_nothing_behind(checkpoint, tmp_path, setting
 def test_settings_that_do_not_exist(settings, message):
     with pytest.raises(ValueError, match=message):
         DeepseekR1QuantizationConfig(**settings)
+
+
+def test_windows_are_spread_over_the_whole_text():
+    ids = torch.arange(103)
+    assert spread_windows(ids, 10, 4)[:, 0].tolist() == [0, 30, 60, 90]
+    assert spread_windows(ids, 10, 10).shape == (10, 10) and spread_windows(ids, 10, 1)[0, 0] == 0
+    assert spread_windows(ids, 11, 4, bos_token_id=7)[:, :2].tolist() == [[7, 0], [7, 30], [7, 60], [7, 90]]
+    for length, count in ((10, 11), (1, 2), (10, 0)):
+        with pytest.raises(ValueError):
+            spread_windows(ids, length, count)
 
 
 def test_weights_that_are_damaged_or_quantized_already(checkpoint, tmp_path):

@@ -40,13 +40,18 @@ def test_gradients_are_those_of_plain_weights_times_what_was_stored(pattern, bit
     expected = model(ids).logits
     count = train_scales(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == count and all(name.endswith("scale_change") for name in trained)
+    assert sum(p.numel() for p in trained.values()) == count and all(
+        name.endswith(("scale_change", "norm.weight")) for name in trained
+    )
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-6)
     model(ids, labels=ids, use_cache=False).loss.backward()
     plain = quantized(pattern, bits, method, tie_word_embeddings=True).dequantize()
     plain.requires_grad_(True)(ids, labels=ids, use_cache=False).loss.backward()
     plain_weights = dict(plain.named_parameters())
     for name, parameter in trained.items():
+        if name.endswith("norm.weight"):
+            torch.testing.assert_close(parameter.grad, plain_weights[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+            continue
         path = name.removesuffix(".scale_change").replace(".factors", "")
         weight = plain_weights.get(f"{path}.weight", plain_weights.get(path))
         shares = weight * weight.grad  # a change of a scale by itself changes its weights by themselves
@@ -73,7 +78,10 @@ def test_any_trainer_trains_them_and_only_scales_change(tmp_path):
     fold_scales(model)
     torch.testing.assert_close(model(ids).logits, trained, rtol=0.05, atol=0.05)  # scales have 8 bits of precision
     changed = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"scales"}
+    assert changed == {"scales", "weight"}
+    assert all(
+        "norm" in name or name.endswith("scales") for name, t in model.state_dict().items() if not torch.equal(t, before[name])
+    )
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -144,7 +152,10 @@ def test_the_command_brings_a_quantized_checkpoint_nearer_to_its_source(checkpoi
     report = json.loads(capsys.readouterr().out)
     assert report["metrics"]["eval_divergence"] < 0.7 * report["metrics"]["before_divergence"]
     plain = AutoModelForCausalLM.from_pretrained(source)
-    assert f" of {plain.num_parameters():,} weights" in report["trained"] and "scales of matrices" in report["trained"]
+    assert (
+        f" of {plain.num_parameters():,} weights" in report["trained"]
+        and "scales of matrices, with the norms" in report["trained"]
+    )
     assert (out / "config.json").exists() and AutoModelForCausalLM.from_pretrained(out).config.quantization_config.bits == 4
     size = (made / "model.safetensors").stat().st_size
     assert (out / "model.safetensors").stat().st_size == pytest.approx(size, rel=1e-3)
@@ -164,7 +175,9 @@ def test_what_is_refused(checkpoints, tmp_path):
         "expert_config": {"text": 1},
         "quantization_aware": {"bits": 4},
     }.items():
-        with pytest.raises(ValueError, match=f"train_scales trains the scales of stored weights alone: leave out {name}"):
+        with pytest.raises(
+            ValueError, match=f"train_scales trains the scales of stored weights, and norms, alone: leave out {name}"
+        ):
             recipe.changed({"train_scales": True, name: value}).check()
     with pytest.raises(ValueError, match=r"or train its scales alone \(train_scales\)"):
         train_checkpoint(recipe.changed({"model": str(checkpoints / "made")}))
