@@ -2,7 +2,7 @@
 
 python scripts/benchmark_candidates.py --threads 1
 
-Four ways take turns over blocks of questions: one answer; N answers all finished; N drafts of which K are finished; the same in
+Four ways take turns over blocks of questions: one answer; N answers all finished; N drafts of which K are finished, the others dropped in stages; the same in
 no more rows than one question needs, so that freed rows stay empty. Scores are compared question by question.
 """
 
@@ -118,14 +118,20 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stage(text: str) -> tuple[int, int]:
+    """`20:3` -> (20, 3)."""
+    tokens, keep = text.split(":")
+    return int(tokens), int(keep)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="of this library (default: SmolLM2-135M-Instruct, converted)")
     parser.add_argument("--prompts", type=int, default=50, help=f"questions, at most {len(QUESTIONS)} (default: %(default)s)")
     parser.add_argument("--block", type=int, default=10, help="questions per turn (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=8, help="N (default: %(default)s)")
-    parser.add_argument("--keep", type=int, default=2, help="K (default: %(default)s)")
-    parser.add_argument("--draft-tokens", type=int, default=24, help="before the choice (default: %(default)s)")
+    stages = {"metavar": "TOKENS:KEEP", "help": "at so many tokens so many go on, the last time K (default: 24:2)"}
+    parser.add_argument("--stages", nargs="+", type=stage, default=[(24, 2)], **stages)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: %(default)s)")
     parser.add_argument("--embedding", metavar="FOLDER", help="score by similarity to the question; default: own likelihood")
@@ -141,17 +147,17 @@ def main() -> None:
     common = {"tokenizer": tokenizer}
     if args.embedding:
         common["evaluator"] = EmbeddingEvaluator.from_pretrained(args.embedding)
-    staged = HierarchicalCandidates(count, [(args.draft_tokens, args.keep)], **common)
+    staged, keep = HierarchicalCandidates(count, args.stages, **common), args.stages[-1][1]
     finish_all = f"all {count} finished"
     ways = {
         "one answer": (HierarchicalCandidates(1, **common), 2 * count),
         finish_all: (HierarchicalCandidates(count, (), **common), 2 * count),
-        f"{args.keep} of {count} finished": (staged, 2 * count),
-        f"{args.keep} of {count}, rows left empty": (staged, count),
+        f"{keep} of {count} finished": (staged, 2 * count),
+        f"{keep} of {count}, rows left empty": (staged, count),
     }
     options = {"do_sample": True, "temperature": args.temperature, "top_p": 0.95, "max_new_tokens": args.max_new_tokens}
     found = measure(ways, model, tokenizer, QUESTIONS[: args.prompts], args.block, options)
-    settings = {**options, "draft_tokens": args.draft_tokens, "block": args.block, "prompts": args.prompts}
+    settings = {**options, "stages": args.stages, "block": args.block, "prompts": args.prompts}
     settings["evaluator"] = "embedding" if args.embedding else "mean log-likelihood"
     result = {"format_version": FORMAT_VERSION, "environment": environment(model), "settings": settings}
     result["ways"] = summary(found, ways, finish_all)

@@ -9,16 +9,15 @@ window is made smaller in training so that most of what its tokens see lies beyo
 """
 
 import argparse
-import ast
 import importlib.util
 import json
-import sysconfig
 import time
 from pathlib import Path
 
 import torch
 from benchmark_model import MODELS, converted, evaluate
 from demo import packaged_checkpoint
+from texts import documentation
 
 from modeling_deepseek_r1.evaluation import FORMAT_VERSION, encode_text, environment, load_tokenizer, read_text, write_report
 from modeling_deepseek_r1.training import Recipe, train_checkpoint
@@ -26,18 +25,7 @@ from modeling_deepseek_r1.training import Recipe, train_checkpoint
 BEFORE = Path("results/smollm2_perplexity.json")
 MODULES = ("argparse", "difflib", "doctest", "inspect", "ipaddress", "subprocess")
 """Of the standard library; calibration reads others."""
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 STUDENTS = ("routed", "window + sinks")
-
-
-def documentation() -> str:
-    """The longer docstrings of the standard library's modules, but for those of `MODULES`."""
-    folder, found = Path(sysconfig.get_path("stdlib")), []
-    for path in sorted(folder.glob("*.py")):
-        if path.stem not in MODULES:
-            nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED))
-            found += [text for node in nodes if len(text := ast.get_docstring(node) or "") > 200]
-    return "\n\n".join(found)
 
 
 def training_texts(folder: Path, first: int, tokens: int) -> list[Path]:
@@ -50,7 +38,7 @@ def training_texts(folder: Path, first: int, tokens: int) -> list[Path]:
     prose = encode_text(tokenizer, read_text(["prose"]))[first:][: tokens // 2]
     texts = {
         "prose": prose,
-        "documentation": encode_text(tokenizer, documentation())[: tokens // 2 - len(prose)],
+        "documentation": encode_text(tokenizer, documentation(without=MODULES))[: tokens // 2 - len(prose)],
         "code": encode_text(tokenizer, code)[: tokens // 2],
     }
     for name, ids in texts.items():

