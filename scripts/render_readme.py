@@ -28,7 +28,7 @@ COMMANDS = {
     "expert_blocks": "benchmark_experts.py --blocks",
     "expert_cache": "benchmark_expert_cache.py",
     "expert_finetuning_cost": "benchmark_finetuning.py cost",
-    "expert_finetuning_quality": "benchmark_finetuning.py quality",
+    "expert_finetuning_quality": "benchmark_finetuning.py quality --variants all chosen",
     "expert_layer": "benchmark_experts.py",
     "experts_training_step": "benchmark_training_step.py",
     "multimodal": "benchmark_multimodal.py",

@@ -1,4 +1,5 @@
-"""Training the scales of stored weights, and the norms beside them, end to end, while the codes stay what they are (https://arxiv.org/abs/2407.11062).
+"""Training the scales of stored weights, and the norms beside them, end to end, while the codes stay what they are
+(https://arxiv.org/abs/2407.11062).
 
 Calibration looks at one layer after another; what all of them together do to the predictions only a training sees. There is one
 scale for a group of weights (or a row, with 8 bits), so that gradients and optimizer states are small beside the model, and the

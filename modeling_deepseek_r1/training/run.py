@@ -255,7 +255,9 @@ def _arguments(recipe: Recipe, output: Path) -> DeepseekR1TrainingArguments:
         **({"max_grad_norm": 0.0} if recipe.clipping == "adaptive" else {}),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
-    return DeepseekR1TrainingArguments(**{**values, **recipe.arguments})
+    # YAML 1.1 reads no, which some strategies are called, as false.
+    texts = {name for name, value in recipe.arguments.items() if value is False and isinstance(known[name].default, str)}
+    return DeepseekR1TrainingArguments(**{**values, **recipe.arguments, **dict.fromkeys(texts, "no")})
 
 
 def _checkpoint_of_run(recipe: Recipe, data: TrainingData, folder: Path, resume: bool, overwrite: bool) -> Path | None:

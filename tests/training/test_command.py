@@ -90,11 +90,14 @@ def test_conversations_by_a_recipe_with_adapters(source, tmp_path, capsys):
         "none",
         "--checkpointing",
     ]
-    assert train(*arguments, "--arguments", "warmup_steps=0", "--accumulation", 2, "--batch-size", 2, "--json") == 0
+    assert (
+        train(*arguments, "--arguments", "warmup_steps=0", "save_strategy=no", "--accumulation", 2, "--batch-size", 2, "--json")
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out)  # the log has gone to stderr
     assert printed["task"] == "chat" and printed["steps"] == 2
     assert report_of(output)["settings"]["seed"] == 4
-    assert report_of(output)["settings"]["arguments"] == {"warmup_steps": 0}
+    assert report_of(output)["settings"]["arguments"] == {"warmup_steps": 0, "save_strategy": False}
     model, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, source))
     assert model.state_dict().keys() == before.state_dict().keys()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])}
